@@ -1,0 +1,58 @@
+"""
+Order, memory, place and sharing for the Hugging Face Trainer.
+
+Public names are loaded when they are first used: `import hf_curriculum` alone imports no torch and no transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .analysis.forgetting import Forgetting
+    from .curriculum.config import CurriculumConfig
+    from .curriculum.dataset import score_dataset
+    from .curriculum.levels import assign_levels
+    from .curriculum.mixin import CurriculumMixin
+    from .curriculum.plan import CurriculumPlan, build_plan
+    from .curriculum.sampler import CurriculumSampler
+    from .trainers import CurriculumSFTTrainer, CurriculumTrainer
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "CurriculumConfig": "curriculum.config",
+    "CurriculumMixin": "curriculum.mixin",
+    "CurriculumPlan": "curriculum.plan",
+    "CurriculumSFTTrainer": "trainers",
+    "CurriculumSampler": "curriculum.sampler",
+    "CurriculumTrainer": "trainers",
+    "Forgetting": "analysis.forgetting",
+    "assign_levels": "curriculum.levels",
+    "build_plan": "curriculum.plan",
+    "score_dataset": "curriculum.dataset",
+}
+
+__all__ = [
+    "CurriculumConfig",
+    "CurriculumMixin",
+    "CurriculumPlan",
+    "CurriculumSFTTrainer",
+    "CurriculumSampler",
+    "CurriculumTrainer",
+    "Forgetting",
+    "__version__",
+    "assign_levels",
+    "build_plan",
+    "score_dataset",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

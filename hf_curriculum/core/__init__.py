@@ -1,0 +1,3 @@
+"""What every method needs, and nothing else."""
+
+__all__: list[str] = []

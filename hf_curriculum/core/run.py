@@ -1,0 +1,203 @@
+"""What all our trainers share: the launch check, the run record, and checkpoints that can be resumed exactly."""
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from .console import say
+from .distributed import check_launch, on_main_process
+from .errors import invalid, unsupported
+from .records import RunRecord
+from .state import (
+    incompleteness,
+    invalidate_checkpoint,
+    list_checkpoints,
+    read_checkpoint_state,
+    write_checkpoint_state,
+    write_manifest,
+)
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedModel, Trainer
+else:
+    Trainer = object
+
+__all__ = ["RunMixin", "bind_trainer_arguments"]
+
+
+def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Names the positional arguments of a Trainer class.
+
+    Args:
+        cls (`type`):
+            The class being built; the first `__init__` in its bases with a `train_dataset` counts.
+        args (`tuple`):
+            Positional arguments.
+        kwargs (`dict[str, Any]`):
+            Keyword arguments.
+
+    Returns:
+        `dict[str, Any]`: all of them by name.
+
+    Raises:
+        `TypeError`: for an argument that the Trainer class does not have.
+    """
+    for base in cls.__mro__:
+        signature = inspect.signature(vars(base).get("__init__", object.__init__))
+        if "train_dataset" in signature.parameters:
+            bound = signature.bind(None, *args, **kwargs).arguments
+            named = dict(list(bound.items())[1:])
+            return {**named, **named.pop("kwargs", {})}
+    raise invalid("bases", cls.__name__, "a class with a `transformers.Trainer` among its bases")
+
+
+class RunMixin(Trainer):
+    """
+    Base of our trainer mixins, to stand before a [`~transformers.Trainer`] class in the list of bases.
+
+    It refuses launches whose processes do not know of one another, keeps the run record, closes every checkpoint with
+    a manifest, and resumes from complete checkpoints only. Mixins on top of it extend [`_run_state`] and
+    [`_restore_run_state`], always calling `super()`.
+
+    Attributes:
+        record ([`~hf_curriculum.core.records.RunRecord`]):
+            The run record, under `<output_dir>/hf_curriculum/`.
+    """
+
+    record: RunRecord
+    # Narrower than in the Trainer, which also runs without them; ours has checked them when `__init__` is done.
+    model: "PreTrainedModel"
+    train_dataset: "Dataset"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_launch(self.accelerator)
+        self.record = RunRecord(str(self.args.output_dir), enabled=self.is_world_process_zero())
+        self._run_id = ""
+
+    def _run_state(self) -> dict[str, Any]:
+        """JSON values that a checkpoint must hold, one key per method. Called on every rank."""
+        return {
+            "run": {
+                "run_id": self._run_id,
+                "step": self.state.global_step,
+                "num_processes": self.accelerator.num_processes,
+            }
+        }
+
+    def _restore_run_state(self, state: dict[str, Any] | None) -> None:
+        """
+        Resets everything that a run changes, then takes over the state of a checkpoint.
+
+        Called on every rank, before anything is loaded.
+
+        Args:
+            state (`dict[str, Any]`, *optional*):
+                What [`_run_state`] gave at the checkpoint; None for a new run.
+
+        Raises:
+            `ValueError`: if the checkpoint is of another run than this trainer would make.
+        """
+        if state is None:
+            self._run_id = on_main_process(lambda: uuid4().hex)
+        else:
+            self._run_id = state["run"]["run_id"]
+            processes = state["run"]["num_processes"]
+            if processes != self.accelerator.num_processes:
+                say(
+                    f"The checkpoint was written by {processes} processes, this run has "
+                    f"{self.accelerator.num_processes}: the same data order, but other dropout and rounding."
+                )
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Trains, as [`~transformers.Trainer.train`] does, from the start or from a complete checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` takes the newest complete checkpoint of the run in `output_dir` and says which; a path takes
+                that one.
+            trial:
+                Not supported.
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                Passed on.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]
+
+        Raises:
+            `ValueError`: if there is no complete checkpoint, or it is of a run with another data order.
+            `NotImplementedError`: in a hyperparameter search.
+        """
+        if trial is not None:
+            raise unsupported(
+                "A hyperparameter search inside one trainer",
+                "a trial changes arguments that the plan was built from",
+                "Build one trainer per trial.",
+            )
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        if checkpoint is None:
+            self._restore_run_state(None)
+            self.record.start(self._run_id)
+        else:
+            state = read_checkpoint_state(checkpoint)
+            self._restore_run_state(state)
+            self.record.resume(state["run"]["step"])
+        return super().train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+            ignore_keys_for_eval=ignore_keys_for_eval,
+        )
+
+    def _find_checkpoint(self, requested: str | bool | None) -> Path | None:
+        """The checkpoint to resume from, complete; None for a new run."""
+        if not requested:
+            return None
+        if requested is not True:
+            if (missing := incompleteness(requested)) is not None:
+                raise invalid("resume_from_checkpoint", requested, "a complete checkpoint", f"In it, {missing}.")
+            return Path(requested)
+        run_id = on_main_process(lambda: RunRecord(str(self.args.output_dir)).run_id)
+        skipped: list[str] = []
+        for folder in list_checkpoints(str(self.args.output_dir)):
+            missing = incompleteness(folder)
+            if missing is None and run_id is not None and read_checkpoint_state(folder)["run"]["run_id"] != run_id:
+                missing = "it is of an earlier run in the same folder; name its path to continue that run"
+            if missing is None:
+                why = f" ({'; '.join(skipped)})" if skipped else ""
+                say(f"Resuming from {folder}, the newest complete checkpoint{why}.")
+                return folder
+            skipped.append(f"{folder.name}: {missing}")
+        raise invalid(
+            "resume_from_checkpoint",
+            True,
+            f"a complete checkpoint of the last run in {self.args.output_dir}",
+            f"Found {'; '.join(skipped) if skipped else 'none'}.",
+        )
+
+    def _save_checkpoint(self, model: "nn.Module", trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            invalidate_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last thing the Trainer writes before `trainer_state.json`, and it does so on every rank.
+        super()._save_rng_state(output_dir)
+        state = self._run_state()
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_checkpoint_state(output_dir, state)
+            write_manifest(output_dir)

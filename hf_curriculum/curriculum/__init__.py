@@ -1,0 +1,3 @@
+"""Order: difficulty, levels, pacing, and the plan of a run."""
+
+__all__: list[str] = []

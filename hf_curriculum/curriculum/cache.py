@@ -1,0 +1,139 @@
+"""Scores kept on disk, under a fingerprint of everything they depend on."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import xxhash
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from torch import nn
+
+from ..core.distributed import on_main_process
+from ..core.errors import invalid
+from ..core.files import write_atomic
+
+
+__all__ = ["cached_scores", "default_cache_dir", "fingerprint"]
+
+# To be raised whenever a scorer's result changes for the same settings.
+SCORES_VERSION = 1
+
+
+def default_cache_dir() -> Path:
+    """`hf_curriculum/scores` in the Hugging Face cache folder (`HF_HOME`)."""
+    return Path(HF_HOME) / "hf_curriculum" / "scores"
+
+
+def fingerprint(rows: Dataset, trainable: np.ndarray, model: nn.Module | None, settings: dict[str, Any]) -> str:
+    """
+    Hashes what a score depends on: values of the rows, every weight and buffer of the model, settings.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The rows.
+        trainable (`np.ndarray` of shape `(N,)`, bool):
+            Which rows may be learned from.
+        model (`nn.Module`, *optional*):
+            The model.
+        settings (`dict[str, Any]`):
+            JSON values.
+
+    Returns:
+        `str`: 32 hexadecimal digits (xxh3, 128 bits).
+    """
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps({"version": SCORES_VERSION, **settings}, sort_keys=True, default=str).encode())
+    digest.update(np.packbits(trainable).tobytes())
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        for name in sorted(table.column_names):
+            digest.update(name.encode())
+            _update(digest, pa.concat_arrays(table.column(name).chunks))
+    if model is not None:
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _update(digest: "xxhash.xxh3_128", array: pa.Array) -> None:
+    """Adds an Arrow array by value: its buffers differ between a slice and a copy of the same values."""
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        digest.update(pc.list_value_length(array).to_numpy(zero_copy_only=False).tobytes())
+        _update(digest, array.flatten())
+    elif pa.types.is_primitive(array.type) and array.null_count == 0:
+        digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(repr(array.to_pylist()).encode())
+
+
+def cached_scores(path: Path, num_rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """
+    Reads scores from a file, or computes and writes them. Collective.
+
+    The file is reserved at its full size before anything is computed, so that a folder without permission or a full
+    disk is found before the work and not after it.
+
+    Args:
+        path (`Path`):
+            The file, named by the fingerprint.
+        num_rows (`int`):
+            N.
+        compute (`Callable`):
+            Gives the scores, of shape `(N,)`, float64; called on every rank.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`, float64, the same on every rank.
+
+    Raises:
+        `ValueError`: if the file is corrupt.
+        `OSError`: if it cannot be written; nothing is left behind.
+    """
+    known = on_main_process(lambda: _read(path, num_rows))
+    if known is not None:
+        return known
+    on_main_process(lambda: _reserve(path, num_rows))
+    scores = compute()
+    on_main_process(lambda: write_atomic(path, lambda file: np.savez(file, scores=scores)))
+    return scores
+
+
+def _read(path: Path, num_rows: int) -> np.ndarray | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:  # a zip file, whose members carry checksums
+            scores = archive["scores"]
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        raise _corrupt(path, f"a file that cannot be read ({error})") from None
+    if scores.shape != (num_rows,) or scores.dtype != np.float64:
+        raise _corrupt(path, f"{scores.dtype} values of shape {scores.shape}")
+    return np.asarray(scores)
+
+
+def _corrupt(path: Path, got: str) -> ValueError:
+    return invalid(
+        "score cache",
+        f"{got} at {path}",
+        "the scores that were written there",
+        "Delete that file, or pass `use_cache=False`.",
+    )
+
+
+def _reserve(path: Path, num_rows: int) -> None:
+    scratch = path.with_suffix(".reserved")
+    try:
+        write_atomic(scratch, lambda file: file.write(b"\0" * (8 * num_rows + 1024)))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: cannot keep the scores in {path.parent}. Free space or permission is needed there; "
+            "or set `cache_dir` to another folder, or `use_cache=False`",
+        ) from None
+    scratch.unlink()

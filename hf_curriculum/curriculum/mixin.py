@@ -1,0 +1,382 @@
+"""The adapter between the curriculum and a Trainer. It holds no arithmetic."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from ..core.console import say, show_table
+from ..core.distributed import on_main_process
+from ..core.errors import invalid
+from ..core.files import write_atomic
+from ..core.run import RunMixin, bind_trainer_arguments
+from ..core.stages import Stage, StageDriver
+from .cache import fingerprint
+from .checks import check_arguments, check_datasets
+from .config import CurriculumConfig
+from .dataset import add_sample_ids
+from .difficulty import build_scorer
+from .evaluation import LevelMatrix, level_name
+from .levels import level_cuts, levels_at
+from .measurement import Measurement, measure_difficulty
+from .plan import build_plan
+from .sampler import CurriculumSampler
+from .tables import LEVEL_COLUMNS, STAGE_COLUMNS, level_rows, stage_rows
+
+
+__all__ = ["CurriculumMixin"]
+
+
+class CurriculumMixin(RunMixin):
+    """
+    Adds a curriculum to a Trainer class: `class MyTrainer(CurriculumMixin, SFTTrainer)`.
+
+    When the trainer is built, its training rows are scored and cut into levels, evaluation rows are placed among them,
+    and the order of the whole run is planned. `train()` then is one pass over the plan: `num_train_epochs` says how
+    often each row is seen in it, the Trainer itself sees one epoch, and the "epoch" strategies act at stage ends.
+
+    ```
+    __init__          prepare rows (SFT) -> score -> cut into levels -> plan
+    train()           check a checkpoint against the plan -> show levels and stages
+      on_step_begin   first step of a stage: on_stage_begin
+      on_step_end     last step of a stage:  on_stage_end -> evaluate every level -> log, save
+                      last stage: ACC, BWT, forgetting per level -> table, log, run record
+    ```
+
+    Args:
+        args:
+            Positional arguments of the Trainer class.
+        curriculum ([`~hf_curriculum.CurriculumConfig`], *optional*):
+            The curriculum. Defaults to `CurriculumConfig()`.
+        kwargs:
+            Keyword arguments of the Trainer class. Its training arguments are copied before anything in them is set.
+
+    Attributes:
+        curriculum ([`~hf_curriculum.CurriculumConfig`]):
+            The config.
+        curriculum_plan ([`~hf_curriculum.CurriculumPlan`]):
+            The plan.
+        difficulty (`np.ndarray` of shape `(N,)`, float64):
+            Difficulty of the rows of `train_dataset`.
+        levels (`np.ndarray` of shape `(N,)`, int64):
+            Their levels, 0 the easiest.
+
+    Raises:
+        `ValueError`: before any training step, for data or arguments that do not make a plan.
+        `NotImplementedError`: likewise, for what would lose the order: packing, streaming, vision data.
+    """
+
+    def __init__(self, *args: Any, curriculum: CurriculumConfig | None = None, **kwargs: Any) -> None:
+        arguments = bind_trainer_arguments(type(self), args, kwargs)
+        self.curriculum = curriculum or CurriculumConfig()
+        check_arguments(arguments.get("args"))
+        check_datasets(arguments.get("train_dataset"), arguments.get("eval_dataset"), self.curriculum.eval_levels)
+        arguments["args"] = copy.copy(arguments.get("args"))
+        arguments["train_dataset"] = add_sample_ids(arguments["train_dataset"])
+        super().__init__(**arguments)
+        self._measure()
+        self._plan()
+        self.add_callback(_LevelEvaluation(self))
+        self.add_callback(StageDriver(self.curriculum_plan.stages, self.callback_handler))
+
+    # Before training: difficulty, levels, plan
+
+    def _measure(self) -> None:
+        """Scores training and evaluation rows, and cuts them into levels."""
+        parts = self._evaluation_parts()
+        if build_scorer(self.curriculum).uses_model:
+            rows = concatenate_datasets([self._batch_rows(part) for part in (self.train_dataset, *parts)])
+            trainable = np.arange(len(rows)) < len(self.train_dataset)
+            measured = self._measure_rows(rows, trainable)
+            split = len(self.train_dataset)
+            difficulty, eval_difficulty = measured.difficulty[:split], measured.difficulty[split:]
+        else:
+            measured = self._measure_rows(self.train_dataset)
+            difficulty = measured.difficulty
+            eval_parts = [self._measure_rows(part).difficulty for part in parts]
+            eval_difficulty = np.concatenate(eval_parts) if eval_parts else np.empty(0)
+        self._measurement = measured
+        kept = np.flatnonzero(np.isfinite(difficulty))
+        if len(kept) < len(difficulty):
+            self.train_dataset = self.train_dataset.select(kept)
+        self.difficulty = difficulty[kept]
+        self._lengths = measured.lengths[: len(difficulty)][kept]
+        cuts = level_cuts(
+            self.difficulty,
+            self.curriculum.num_levels,
+            self.curriculum.level_method,
+            token_counts=self._lengths if self.curriculum.level_method == "tokens" else None,
+            thresholds=self.curriculum.level_thresholds,
+        )
+        self.levels = levels_at(self.difficulty, cuts)
+        self._eval_rows = self._rows_by_level(parts, eval_difficulty, cuts)
+
+    def _measure_rows(self, rows: Dataset, trainable: np.ndarray | None = None) -> Measurement:
+        return measure_difficulty(
+            rows,
+            self.curriculum,
+            model=self.model,
+            collate=self.data_collator,
+            batch_columns=self._batch_rows(rows).column_names,
+            args=self.args,
+            processing_class=self.processing_class,
+            trainable=trainable,
+        )
+
+    def _batch_rows(self, rows: Dataset) -> Dataset:
+        return self._remove_unused_columns(rows)
+
+    def _evaluation_parts(self) -> list[Dataset]:
+        """The evaluation sets whose rows get levels; none, with a word about it, where that cannot be."""
+        if self.eval_dataset is None:
+            say("No evaluation data: there will be no level by stage matrix. Pass `eval_dataset` to get one.")
+            return []
+        if not self.curriculum.eval_levels:
+            return []
+        parts: list[Dataset] = (
+            [*self.eval_dataset.values()] if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        )
+        column = self.curriculum.difficulty_column
+        if self.curriculum.scorer == "column" and any(column not in part.column_names for part in parts):
+            say(
+                f"The evaluation data has no column `{column}`: there will be no level by stage matrix. Score it "
+                "together with the training data (`score_dataset(..., held_out=...)`)."
+            )
+            return []
+        return parts
+
+    def _rows_by_level(self, parts: list[Dataset], difficulty: np.ndarray, cuts: np.ndarray) -> dict[int, Dataset]:
+        if not parts:
+            return {}
+        rows = concatenate_datasets([self._batch_rows(part) for part in parts])
+        scored = np.flatnonzero(np.isfinite(difficulty))
+        levels = levels_at(difficulty[scored], cuts)
+        members = {level: scored[levels == level] for level in range(self.curriculum.num_levels)}
+        if empty := [level for level, indices in members.items() if len(indices) == 0]:
+            say(f"No evaluation row is in level {', '.join(map(str, empty))}: its column of the matrix stays empty.")
+        return {level: rows.select(indices) for level, indices in members.items() if len(indices)}
+
+    def _plan(self) -> None:
+        """Fixes the order of the run; the Trainer then sees one epoch."""
+        self._num_train_epochs = self.args.num_train_epochs
+        self.curriculum_plan = build_plan(
+            self.levels,
+            self.curriculum,
+            global_batch_size=self.get_total_train_batch_size(self.args),
+            num_train_epochs=self.args.num_train_epochs,
+            max_steps=self.args.max_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            lengths=self._lengths,
+        )
+        self.args.num_train_epochs = 1.0
+        self._level_matrix = LevelMatrix(self.curriculum_plan.stages, self.curriculum.num_levels)
+        everything = np.ones(len(self.train_dataset), dtype=bool)
+        self._data_fingerprint = fingerprint(self._batch_rows(self.train_dataset), everything, None, {})
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Trains along the plan. See [`~hf_curriculum.core.run.RunMixin.train`] for the arguments.
+
+        Returns:
+            [`~transformers.trainer_utils.TrainOutput`]
+
+        Raises:
+            `ValueError`: if the data set or the global batch size is not the plan's any more, or a checkpoint is of
+                another plan.
+        """
+        found = {
+            "train_dataset": (len(self.train_dataset), self.curriculum_plan.num_rows),
+            "global batch size": (self.get_total_train_batch_size(self.args), self.curriculum_plan.global_batch_size),
+        }
+        for name, (got, planned) in found.items():
+            if got != planned:
+                raise invalid(name, got, f"{planned}, which the plan was built for", "Build a new trainer for it.")
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
+        return CurriculumSampler(self.curriculum_plan)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Rows that a loader yields: for the training loader the draws of the plan."""
+        batches = dataloader.batch_sampler
+        inner = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+        sampler = getattr(inner, "sampler", None)
+        return len(sampler) if isinstance(sampler, CurriculumSampler) else super().num_examples(dataloader)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `curriculum_stage` to the training logs."""
+        if "loss" in logs and "eval_loss" not in logs and 0 < self.state.global_step <= self.curriculum_plan.num_steps:
+            logs["curriculum_stage"] = self.curriculum_plan.stage_at(self.state.global_step - 1).index
+        super().log(logs, start_time)
+
+    # Evaluation by level
+
+    def evaluate_levels(self) -> dict[str, float]:
+        """
+        Evaluates the rows of every level, and logs the result.
+
+        Returns:
+            `dict[str, float]`: `eval_level_<i>_loss` and the metrics of `compute_metrics` under the same prefix, for
+            each level with evaluation rows; empty without evaluation data.
+
+        Example:
+
+        ```python
+        >>> trainer.evaluate_levels()  # doctest: +SKIP
+        {'eval_level_0_loss': 0.71, 'eval_level_1_loss': 1.32, 'eval_level_2_loss': 1.9}
+        ```
+        """
+        metrics: dict[str, float] = {}
+        training = self.model.training
+        for level, rows in self._eval_rows.items():
+            # The test loader, since the evaluation loader is kept by name where workers persist.
+            output = self.evaluation_loop(
+                self.get_test_dataloader(rows),
+                description=f"Evaluation of level {level}",
+                prediction_loss_only=True if self.compute_metrics is None else None,
+                metric_key_prefix=f"eval_{level_name(level)}",
+            )
+            self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
+            measured = output.metrics or {}
+            metrics |= {name: value for name, value in measured.items() if not name.endswith("_time")}
+        self.model.train(training)
+        if metrics:
+            self._log_evaluation(metrics)
+        return metrics
+
+    def _end_stage(self, stage: Stage) -> None:
+        """Measures every level; after the last stage sums up what was forgotten."""
+        metrics = self.evaluate_levels()
+        by_level = {
+            level: {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+            for level in self._eval_rows
+            if (prefix := f"eval_{level_name(level)}_")
+        }
+        row = self._level_matrix.add(stage.index, by_level)
+        self.record.append("stage_end", self.state.global_step, stage=stage.index, metrics=row)
+        if stage is self.curriculum_plan.stages[-1] and metrics:
+            summary = self._level_matrix.forgetting()
+            self.record.append("forgetting", self.state.global_step, metrics=summary)
+            self._log_evaluation(summary)
+            self._level_matrix.show()
+
+    def _log_evaluation(self, metrics: dict[str, float]) -> None:
+        """
+        Logs evaluation metrics in the middle of a training step.
+
+        SFTTrainer tells evaluation logs from training logs by the mode of the model, and every log clears
+        `should_log`, also where the training log of this very step is still to come.
+        """
+        training, should_log = self.model.training, self.control.should_log
+        self.model.eval()
+        self.log(dict(metrics))
+        self.model.train(training)
+        self.control.should_log = should_log
+
+    # State and record
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same in a resumed run."""
+        plan = self.curriculum_plan
+        return {
+            "training rows": plan.num_rows,
+            "contents of the training rows": self._data_fingerprint,
+            "global batch size": plan.global_batch_size,
+            **plan.settings,
+            "plan": plan.hash,
+        }
+
+    def _run_state(self) -> dict[str, Any]:
+        return {
+            **super()._run_state(),
+            "curriculum": {"identity": self._identity(), "matrix": self._level_matrix.state()},
+        }
+
+    def _restore_run_state(self, state: dict[str, Any] | None) -> None:
+        super()._restore_run_state(state)
+        if state is None:
+            self._level_matrix.restore(None)
+            return
+        saved, ours = state["curriculum"]["identity"], self._identity()
+        if saved != ours:
+            different = [
+                f"{name}: {saved.get(name)} there, {ours[name]} here" for name in ours if saved.get(name) != ours[name]
+            ]
+            raise invalid(
+                "resume_from_checkpoint",
+                f"a checkpoint of another plan ({'; '.join(different)})",
+                "the same data, seed, curriculum and global batch size",
+                "With the same arguments but other scores, train on the scores of that run: they are in "
+                "hf_curriculum/difficulty.parquet beside its checkpoints, for `scorer='column'`.",
+            )
+        self._level_matrix.restore(state["curriculum"]["matrix"])
+
+    def _show_and_record(self) -> None:
+        """Tables before the first step; plan and scores on disk."""
+        eval_counts = [len(self._eval_rows.get(level, ())) for level in range(self.curriculum.num_levels)]
+        levels = level_rows(
+            self.difficulty, self.levels, self._lengths, eval_counts, self.train_dataset, self.processing_class
+        )
+        stages = stage_rows(self.curriculum_plan, self.difficulty, self._lengths)
+        correlation = f"Spearman of difficulty with length {self._measurement.length_correlation:.2f}"
+        show_table(f"Levels by `{self._measurement.scorer}` ({correlation})", LEVEL_COLUMNS, levels)
+        show_table(
+            f"Stages, `{self.curriculum.pacing}` ({self.curriculum_plan.num_steps} steps)", STAGE_COLUMNS, stages
+        )
+        if self.state.global_step == 0:
+            self.record.append(
+                "plan",
+                0,
+                scorer=self._measurement.scorer,
+                length_correlation=self._measurement.length_correlation,
+                label_correlation=self._measurement.label_correlation,
+                scoring_seconds=self._measurement.seconds,
+                num_train_epochs=self._num_train_epochs,
+                hash=self.curriculum_plan.hash,
+                levels=[dict(zip(LEVEL_COLUMNS, row, strict=True)) for row in levels],
+                stages=[dict(zip(STAGE_COLUMNS, row, strict=True)) for row in stages],
+            )
+        on_main_process(self._write_plan)
+
+    def _write_plan(self) -> None:
+        self.curriculum_plan.save(self.record.folder / "plan")
+        table = pa.table(
+            {"sample_id": self.train_dataset["sample_id"][:], "difficulty": self.difficulty, "level": self.levels}
+        )
+        write_atomic(self.record.folder / "difficulty.parquet", lambda file: pq.write_table(table, file))
+
+
+class _LevelEvaluation(TrainerCallback):
+    """Connects the trainer to its own stage events."""
+
+    def __init__(self, trainer: CurriculumMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._show_and_record()
+
+    def on_stage_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
+    ) -> None:
+        """Nothing to do."""
+
+    def on_stage_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
+    ) -> None:
+        self.trainer._end_stage(stage)

@@ -1,0 +1,339 @@
+"""What the recipe scripts share: arguments made from configs, CPU defaults, data from anywhere, the output folder."""
+
+import os
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
+from trl import ScriptArguments
+
+from .core.console import say
+from .core.distributed import on_main_process
+from .core.errors import invalid
+from .core.order import seeded_order
+from .core.state import list_checkpoints
+
+
+__all__ = [
+    "DataArguments",
+    "check_output_dir",
+    "config_from_arguments",
+    "end_processes",
+    "hold_out",
+    "load_splits",
+    "prefixed_arguments",
+    "resume_argument",
+    "set_cpu_defaults",
+    "set_cpu_threads",
+    "to_prompt_completion",
+]
+
+T = TypeVar("T")
+
+FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class DataArguments:
+    """
+    Where rows come from and how they are read, beside TRL's own script arguments.
+
+    Args:
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column with the prompt.
+        completion_column (`str`, *optional*, defaults to `"completion"`):
+            Column with the completion.
+        prompt_separator (`str`, *optional*, defaults to a line break):
+            Put between prompt and completion, as part of the prompt, if the tokenizer has no chat template.
+        eval_fraction (`float`, *optional*, defaults to `0.1`):
+            Share of the training rows held out for evaluation, at random and so from every level, when the data has
+            no evaluation split; 0 for none.
+        demo_rows (`int`, *optional*, defaults to `4000`):
+            Rows of the embedded corpus, which is used when no data set is named.
+        cpu_threads (`int`, *optional*):
+            Threads of each process on CPU. Defaults to the cores divided by the processes.
+    """
+
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt."})
+    completion_column: str = field(default="completion", metadata={"help": "Column with the completion."})
+    prompt_separator: str = field(
+        default="\n",
+        metadata={
+            "help": "Between prompt and completion, part of the prompt, without a chat template. \\n, \\t work."
+        },
+    )
+    eval_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of the training rows held out when the data has no evaluation split; 0 for none."},
+    )
+    demo_rows: int = field(default=4000, metadata={"help": "Rows of the embedded corpus."})
+    cpu_threads: int | None = field(
+        default=None, metadata={"help": "Threads of each process on CPU. None: cores divided by processes."}
+    )
+
+    def __post_init__(self) -> None:
+        self.prompt_separator = self.prompt_separator.replace("\\n", "\n").replace("\\t", "\t")
+        if not 0 <= self.eval_fraction < 1:
+            raise invalid("eval_fraction", self.eval_fraction, "a float in [0, 1)")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise invalid("cpu_threads", self.cpu_threads, "an integer >= 1")
+
+
+def prefixed_arguments(config: type, prefix: str) -> type:
+    """
+    Makes a dataclass for an argument parser from a config: each field with a prefix, so that no name clashes.
+
+    Args:
+        config (`type`):
+            A config dataclass. A field that also takes an object says in `metadata["cli_type"]` what the command line
+            takes.
+        prefix (`str`):
+            Put before each name, `"curriculum_"` say.
+
+    Returns:
+        `type`: the dataclass.
+    """
+    hints = get_type_hints(config, localns={"DifficultyScorer": object})
+    made: list[tuple[str, Any, Any]] = []
+    for item in fields(config):
+        if item.default is MISSING:
+            raise invalid(f"{config.__name__}.{item.name}", "no default", "a field with a default")
+        kind = item.metadata.get("cli_type", hints[item.name])
+        made.append((prefix + item.name, kind, field(default=item.default, metadata={"help": item.metadata["help"]})))
+    return make_dataclass(f"{config.__name__}Arguments", made)
+
+
+def config_from_arguments(config: type[T], prefix: str, arguments: object) -> T:
+    """
+    Makes the config from what [`prefixed_arguments`] parsed.
+
+    Args:
+        config (`type`):
+            The config dataclass.
+        prefix (`str`):
+            The same prefix.
+        arguments (`object`):
+            The parsed dataclass.
+
+    Returns:
+        An instance of `config`.
+    """
+    return config(**{item.name: getattr(arguments, prefix + item.name) for item in fields(config)})  # type: ignore[arg-type]
+
+
+def set_cpu_defaults(parser: HfArgumentParser) -> None:
+    """
+    Lets the training arguments work on a machine without an accelerator, unless the user says otherwise.
+
+    There, a bare `SFTConfig()` raises (it asks for bf16), and started processes do not find one another without
+    `use_cpu=True`. Gradient checkpointing only costs time on CPU.
+
+    Args:
+        parser ([`~transformers.HfArgumentParser`]):
+            The script's parser, before it parses.
+    """
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True, bf16=False, gradient_checkpointing=False)
+
+
+def set_cpu_threads(args: TrainingArguments, threads: int | None) -> None:
+    """
+    Gives each CPU process its share of the cores (the launcher gives it one), and prints what the run has.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The training arguments.
+        threads (`int`, *optional*):
+            Threads of each process; None for cores divided by processes.
+    """
+    state = PartialState(cpu=args.use_cpu)
+    if args.device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(threads or max(1, cores // local))
+    batch = args.train_batch_size * args.gradient_accumulation_steps * state.num_processes
+    say(
+        f"{state.num_processes} process(es) on {args.device.type}, {torch.get_num_threads()} thread(s) each; global "
+        f"batch {batch} = {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
+        f"{state.num_processes}."
+    )
+
+
+def check_output_dir(args: TrainingArguments) -> None:
+    """
+    Refuses to start a new run among the checkpoints of an earlier one.
+
+    Without checkpoints in it, a folder is used again: the model, the run record and the tables there are replaced.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Read: `output_dir`, `resume_from_checkpoint`.
+
+    Raises:
+        `ValueError`: if there are checkpoints and the run does not resume.
+    """
+
+    def check() -> None:
+        found = list_checkpoints(str(args.output_dir))
+        if found and not resume_argument(args):
+            raise invalid(
+                "output_dir",
+                f"{args.output_dir}, which holds {found[0].name} of an earlier run",
+                "a folder without checkpoints",
+                "Continue that run with `--resume_from_checkpoint true`, name another folder, or delete this one.",
+            )
+
+    on_main_process(check)
+
+
+def resume_argument(args: TrainingArguments) -> str | bool | None:
+    """
+    What `--resume_from_checkpoint` means: `true` and `false` are words, anything else is a path.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The training arguments.
+
+    Returns:
+        `str`, `bool` or None, for `Trainer.train`.
+    """
+    value = args.resume_from_checkpoint
+    words = {"true": True, "1": True, "false": None, "0": None, "none": None}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def end_processes() -> None:
+    """
+    Closes the process group when every process has come to its end. To be called last.
+
+    Interpreters that leave a gloo group open, or close it while another process still writes, abort now and then
+    after their work is done, and the launch counts as failed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def load_splits(arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
+    """
+    Loads training and evaluation rows from a Hub id, a file, a folder of files or a saved data set.
+
+    Args:
+        arguments ([`~trl.ScriptArguments`]):
+            Read: `dataset_name`, `dataset_config`, `dataset_train_split` (slices like `train[:2000]` work),
+            `dataset_test_split`, `dataset_streaming`.
+
+    Returns:
+        `tuple[Dataset, Dataset | None]`: training rows, and evaluation rows if the data has that split.
+
+    Raises:
+        `ValueError`: for a path that does not exist, a file of unknown kind, or a missing training split.
+    """
+    name = str(arguments.dataset_name)
+    path = Path(name)
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        return _from_saved(load_from_disk(name), arguments)
+    if path.is_dir() and (path / "state.json").is_file():
+        return load_from_disk(name), None
+    options: dict[str, Any] = {"path": name, "name": arguments.dataset_config}
+    if path.is_file():
+        if path.suffix not in FILE_BUILDERS:
+            raise invalid("dataset_name", name, f"a file ending in {', '.join(FILE_BUILDERS)}")
+        options = {"path": FILE_BUILDERS[path.suffix], "data_files": {"train": name}}
+    elif not path.exists() and (path.suffix in FILE_BUILDERS or name.startswith((".", "/", "~"))):
+        raise invalid("dataset_name", name, "a file or folder that exists, or a Hub id", f"Looked in {Path.cwd()}.")
+    train = load_dataset(**options, split=arguments.dataset_train_split, streaming=arguments.dataset_streaming)
+    if path.is_file():
+        return train, None
+    try:
+        test = load_dataset(**options, split=arguments.dataset_test_split, streaming=arguments.dataset_streaming)
+    except ValueError:
+        # `datasets` has no other way to say that a split does not exist.
+        say(f"The data has no split `{arguments.dataset_test_split}`.")
+        return train, None
+    return train, test
+
+
+def _from_saved(saved: DatasetDict, arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
+    if arguments.dataset_train_split not in saved:
+        raise invalid(
+            "dataset_train_split", arguments.dataset_train_split, f"one of the saved splits: {', '.join(saved)}"
+        )
+    return saved[arguments.dataset_train_split], saved.get(arguments.dataset_test_split)
+
+
+def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """
+    Sets rows aside for evaluation, at random, before anything has learned from them.
+
+    Args:
+        rows ([`~datasets.Dataset`] of N rows):
+            The rows.
+        fraction (`float`):
+            Share to hold out, in [0, 1).
+        seed (`int`):
+            Seed of the choice.
+
+    Returns:
+        `tuple[Dataset, Dataset | None]`: the rest and the held-out rows, each in their old order; None for none.
+    """
+    count = round(fraction * len(rows))
+    if count == 0:
+        return rows, None
+    order = seeded_order(len(rows), seed, 0)
+    return rows.select(sorted(order[count:].tolist())), rows.select(sorted(order[:count].tolist()))
+
+
+def to_prompt_completion(rows: Dataset, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """
+    Reads prompt and completion from the named columns.
+
+    With a chat template each row becomes a message of the user and one of the assistant; without one, the separator
+    ends the prompt. Rows that are conversations, plain text or tokens already stay as they are.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            The rows.
+        data ([`DataArguments`]):
+            Columns and separator.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+
+    Returns:
+        [`~datasets.Dataset`]: the same rows in the same order, with `prompt` and `completion`, and all other columns.
+
+    Raises:
+        `ValueError`: if the columns are missing and the rows are of no other known kind.
+    """
+    names = (data.prompt_column, data.completion_column)
+    if any(name not in rows.column_names for name in names):
+        if {"messages", "text", "input_ids"} & set(rows.column_names) and names == ("prompt", "completion"):
+            return rows
+        raise invalid(
+            "prompt_column and completion_column",
+            ", ".join(names),
+            f"columns of the data set, which has {', '.join(rows.column_names)}",
+        )
+    if not isinstance(rows[0][data.prompt_column], str):
+        return rows.rename_columns({old: new for old, new in zip(names, ("prompt", "completion")) if old != new})
+
+    def as_messages(prompt: str, completion: str) -> dict[str, Any]:
+        return {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": completion}],
+        }
+
+    def as_text(prompt: str, completion: str) -> dict[str, Any]:
+        return {"prompt": prompt + data.prompt_separator, "completion": completion}
+
+    return rows.map(
+        as_messages if tokenizer.chat_template else as_text,
+        input_columns=list(names),
+        remove_columns=list(names),
+        desc="Reading prompts and completions",
+    )

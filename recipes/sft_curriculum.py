@@ -1,0 +1,185 @@
+"""
+Supervised fine-tuning in order of difficulty.
+
+    accelerate launch recipes/sft_curriculum.py            # the embedded demo: no download, minutes on CPU
+    accelerate launch recipes/sft_curriculum.py --config recipes/configs/sft_curriculum/gsm8k_lora.yaml
+    accelerate launch recipes/sft_curriculum.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name my.jsonl \
+        --prompt_column question --completion_column answer --output_dir out
+
+Arguments are TRL's (`ScriptArguments`, `SFTConfig`, `ModelConfig`), those of `DataArguments`, and every field of
+`CurriculumConfig` with `curriculum_` before it. A YAML file sets defaults, the command line wins, an unknown name is
+an error. A new run refuses a folder with checkpoints of an earlier one; without checkpoints the folder is used again.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
+
+from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, score_dataset
+from hf_curriculum.core.console import say, show_table
+from hf_curriculum.core.distributed import is_main_process
+from hf_curriculum.curriculum.difficulty import spearman
+from hf_curriculum.demo.corpus import generate_corpus
+from hf_curriculum.demo.model import build_model, build_tokenizer
+from hf_curriculum.recipe import (
+    DataArguments,
+    check_output_dir,
+    config_from_arguments,
+    end_processes,
+    hold_out,
+    load_splits,
+    prefixed_arguments,
+    resume_argument,
+    set_cpu_defaults,
+    set_cpu_threads,
+    to_prompt_completion,
+)
+
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "sft_curriculum" / "demo.yaml"
+
+
+@dataclass
+class RunArguments:
+    """What this script does beside training."""
+
+    curriculum_score_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the data set into `<output_dir>/scored` and stop. `--dataset_name <output_dir>/scored "
+            "--curriculum_scorer column` then trains on it, under ZeRO-3 too."
+        },
+    )
+
+
+def make_parser() -> TrlParser:
+    """Builds the parser."""
+    curriculum = prefixed_arguments(CurriculumConfig, "curriculum_")
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments, curriculum))
+    set_cpu_defaults(parser)
+    parser.set_defaults(output_dir="outputs/sft_curriculum")
+    return parser
+
+
+def load_model(model: ModelConfig, training: SFTConfig) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
+    """Names the model for the trainer to load; without a name, builds the embedded one."""
+    if model.model_name_or_path is None:
+        tokenizer = build_tokenizer()
+        return build_model(tokenizer, seed=training.seed), tokenizer
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+    )
+    return model.model_name_or_path, tokenizer
+
+
+def load_data(script: ScriptArguments, data: DataArguments, training: SFTConfig) -> tuple[Dataset, Dataset | None]:
+    """Training and evaluation rows as they are stored; the embedded corpus without a name."""
+    if script.dataset_name is None:
+        train, test = generate_corpus(data.demo_rows, seed=training.seed), None
+    else:
+        train, test = load_splits(script)
+    return hold_out(train, data.eval_fraction, training.seed) if test is None else (train, test)
+
+
+def score_only(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    test: Dataset | None,
+    data: DataArguments,
+    training: SFTConfig,
+    curriculum: CurriculumConfig,
+) -> None:
+    """Scores training and evaluation rows with one probe and saves them as they are stored, with their scores."""
+    stored = train if test is None else concatenate_datasets([train, test.select_columns(train.column_names)])
+    scored = score_dataset(
+        model,
+        to_prompt_completion(stored, data, tokenizer),
+        processing_class=tokenizer,
+        args=training,
+        config=curriculum,
+        held_out=np.arange(len(stored)) >= len(train),
+    )
+    for column in ("sample_id", "difficulty"):
+        stored = stored.remove_columns(column) if column in stored.column_names else stored
+        stored = stored.add_column(column, scored[column][:])
+    splits = DatasetDict({"train": stored.select(range(len(train)))})
+    if test is not None:
+        splits["test"] = stored.select(range(len(train), len(stored)))
+    folder = Path(training.output_dir) / "scored"
+    if is_main_process():
+        splits.save_to_disk(folder)
+    say(f"Scored data set saved to {folder}. Train on it: --dataset_name {folder} --curriculum_scorer column")
+
+
+def show_grades(trainer: CurriculumSFTTrainer) -> None:
+    """Holds the measured difficulty against the grade that the embedded corpus was generated with."""
+    grades = np.asarray(trainer.train_dataset["grade"][:])
+    lengths = np.asarray([len(ids) for ids in trainer.train_dataset["input_ids"]])
+    rows = [
+        [level, int(mask.sum()), float(trainer.difficulty[mask].mean()), float(grades[mask].mean())]
+        for level in range(trainer.curriculum.num_levels)
+        if (mask := trainer.levels == level).any()
+    ]
+    show_table(
+        f"Levels against the known grade: Spearman {spearman(trainer.difficulty, grades):.2f} "
+        f"(length alone: {spearman(lengths, grades):.2f})",
+        ("level", "rows", "mean difficulty", "mean grade"),
+        rows,
+    )
+
+
+def main(
+    script: ScriptArguments,
+    training: SFTConfig,
+    model_args: ModelConfig,
+    data: DataArguments,
+    run: RunArguments,
+    curriculum: CurriculumConfig,
+) -> None:
+    """Scores, trains, reports, saves."""
+    set_cpu_threads(training, data.cpu_threads)
+    check_output_dir(training)
+    model, tokenizer = load_model(model_args, training)
+    train, test = load_data(script, data, training)
+    if run.curriculum_score_only:
+        score_only(model, tokenizer, train, test, data, training, curriculum)
+        return
+    trainer = CurriculumSFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=to_prompt_completion(train, data, tokenizer),
+        eval_dataset=None if test is None else to_prompt_completion(test, data, tokenizer),
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        curriculum=curriculum,
+    )
+    trainer.train(resume_from_checkpoint=resume_argument(training))
+    if script.dataset_name is None:
+        show_grades(trainer)
+    trainer.save_model(training.output_dir)
+    say(f"Model saved to {training.output_dir}, run record and plan to {trainer.record.folder}.")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+        say(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+
+
+if __name__ == "__main__":
+    command_line = sys.argv[1:]
+    if not {"--config", "--dataset_name", "--dataset-name"} & {argument.split("=")[0] for argument in command_line}:
+        command_line = ["--config", str(DEMO_CONFIG), *command_line]
+    *parsed, curriculum_arguments = make_parser().parse_args_and_config(command_line)
+    main(*parsed, config_from_arguments(CurriculumConfig, "curriculum_", curriculum_arguments))
+    end_processes()
