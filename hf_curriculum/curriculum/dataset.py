@@ -77,6 +77,7 @@ def score_dataset(
 
     >>> tokenizer = build_tokenizer()
     >>> scored = score_dataset(build_model(tokenizer), generate_corpus(64), "loss", processing_class=tokenizer)
+    Scored 64 rows with `loss` in ... s. Spearman with length: ... (all tokens), ... (labelled tokens).
     >>> sorted(set(scored.column_names) - set(generate_corpus(1).column_names))
     ['difficulty', 'sample_id']
     ```

@@ -27,6 +27,8 @@ __all__ = ["Measurement", "count_labels", "measure_difficulty", "row_lengths"]
 
 # Above this rank correlation the table says that the score is little more than the length. Our choice.
 LENGTH_SUSPICION = 0.9
+CPU_BATCH_TOKENS = 2048
+BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def measure_difficulty(
         gradient_checkpointing=bool(args.gradient_checkpointing),
         processing_class=processing_class,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        batch_tokens=config.score_batch_tokens,
+        batch_tokens=config.score_batch_tokens or (CPU_BATCH_TOKENS if args.device.type == "cpu" else BATCH_TOKENS),
         progress=not args.disable_tqdm,
     )
     difficulty[kept] = _scores(scorer, inputs, config)

@@ -68,7 +68,7 @@ class ScoringInputs:
             The run's tokenizer.
         seed (`int`, *optional*, defaults to `0`):
             The run's data seed.
-        batch_tokens (`int`, *optional*, defaults to `8192`):
+        batch_tokens (`int`, *optional*, defaults to `2048`):
             Tokens, padding included, in one batch of one process.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
@@ -87,7 +87,7 @@ class ScoringInputs:
     gradient_checkpointing: bool
     processing_class: object | None = None
     seed: int = 0
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
     progress: bool = True
 
 

@@ -8,8 +8,8 @@ Two parameters of the generator make the grade, and nothing else does::
 
 Length is kept apart from the grade on purpose, so that a scorer which only measures length is caught: the story is
 filled up with sentences without a number, the answer with a preface that the problem asks for by name. Both are drawn
-for a target length that does not depend on the grade. The preface follows word by word from the sentence before it, so
-it costs a model that has seen a few hundred rows nothing and leaves the loss of the answer to its numbers.
+for a target length that does not depend on the grade. The preface follows word by word from the last sentence of the
+problem, so a model learns it early, and what is left of an answer's loss comes from its numbers.
 """
 
 from __future__ import annotations
@@ -138,21 +138,19 @@ FILLERS = (
     "Some birds sing in a tall tree near the river.",
 )
 
-# (what the problem asks for in its last sentence, what the answer then begins with), by growing length.
-PREFACES = (
-    ("Begin at once.", ""),
-    ("Begin with a promise.", "Here come the steps."),
-    ("Begin with a rule.", "We follow the story from its first change to its last."),
-    ("Begin with a hint.", "Look at each number, leave out what holds none, and go on line by line."),
-    (
-        "Begin with a plan.",
-        "My plan has three parts: read every sentence, write down all changes in their order, and only then count.",
-    ),
-    (
-        "Begin with a warning.",
-        "Please be careful, because people who hurry often forget one of these changes, so keep the result in mind "
-        "and check it again before you tell anybody.",
-    ),
+# What an answer may begin with: it counts to a number that the problem names. Every count is the beginning of the
+# next, so even the longest is made of words that many answers hold. A sentence of its own for each length is rare
+# enough to stay unlearned in a short probe, and then it, and not the arithmetic, sets the loss of its rows.
+NUMBER_WORDS = (
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen"),
+)
+COUNTS = (0, 3, 6, 9, 12, 15)
+PREFACES = tuple(
+    (f"Count to {NUMBER_WORDS[count - 1]} first.", ", ".join(NUMBER_WORDS[:count]).capitalize() + ".")
+    if count
+    else ("Begin at once.", "")
+    for count in COUNTS
 )
 
 OPENING_LINE = "Start with {n}."

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 
-WORKER = Path(__file__).with_name("resume_worker.py")
+WORKER = Path(__file__).with_name("train_worker.py")
 
 
 def outcome(text, key):

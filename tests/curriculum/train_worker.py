@@ -1,4 +1,4 @@
-"""Trains the embedded model on a small plan; can kill itself, resume, and print a hash of its final weights."""
+"""Trains the embedded model on a small plan; can kill itself, resume, and print what came out."""
 
 import argparse
 import hashlib
@@ -48,13 +48,17 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--print_losses", action="store_true")
+    parser.add_argument("--scorer", default="length")
+    parser.add_argument("--model_path")
+    parser.add_argument("--expect")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    model.config.attention_dropout = options.dropout
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = options.dropout
+    model = options.model_path or build_model(tokenizer)
+    if not options.model_path:
+        model.config.attention_dropout = options.dropout
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = options.dropout
     peft_config = None
     if options.lora:
         from peft import LoraConfig
@@ -82,9 +86,13 @@ def main():
         eval_dataset=generate_corpus(12, seed=1),
         processing_class=tokenizer,
         peft_config=peft_config,
-        curriculum=CurriculumConfig(scorer="length", num_levels=3, replay_fraction=0.25),
+        curriculum=CurriculumConfig(scorer=options.scorer, num_levels=3, replay_fraction=0.25, use_cache=False),
         callbacks=[KillAt(options.kill_at)],
     )
+    if options.expect:
+        state = trainer.accelerator.state
+        stage = f"-{state.deepspeed_plugin.zero_stage}" if state.deepspeed_plugin else ""
+        assert f"{state.distributed_type.value}{stage} {state.num_processes}" == options.expect
     trainer.kill_in_save = options.kill_in_save
     trainer.train(resume_from_checkpoint=options.resume or None)
     digest = hashlib.sha256()
