@@ -14,7 +14,7 @@ from trl import ScriptArguments
 
 from .core.console import say
 from .core.distributed import on_main_process
-from .core.errors import invalid
+from .core.errors import invalid, unsupported
 from .core.order import seeded_order
 from .core.state import list_checkpoints
 
@@ -225,38 +225,57 @@ def load_splits(arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
 
     Args:
         arguments ([`~trl.ScriptArguments`]):
-            Read: `dataset_name`, `dataset_config`, `dataset_train_split` (slices like `train[:2000]` work),
-            `dataset_test_split`, `dataset_streaming`.
+            Read: `dataset_name`, `dataset_config`, `dataset_train_split` and `dataset_test_split` (slices like
+            `train[:2000]` work, except of saved data sets; a single file has no test split), `dataset_streaming`.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: training rows, and evaluation rows if the data has that split.
 
     Raises:
         `ValueError`: for a path that does not exist, a file of unknown kind, or a missing training split.
+        `NotImplementedError`: for streaming.
     """
-    name = str(arguments.dataset_name)
-    path = Path(name)
+    if arguments.dataset_streaming:
+        raise unsupported(
+            "`dataset_streaming`",
+            "rows must be scored and ordered before training, and a stream has neither length nor random access",
+            "Leave it unset.",
+        )
+    path = Path(str(arguments.dataset_name))
     if path.is_dir() and (path / "dataset_dict.json").is_file():
-        return _from_saved(load_from_disk(name), arguments)
+        return _from_saved(load_from_disk(str(path)), arguments)
     if path.is_dir() and (path / "state.json").is_file():
-        return load_from_disk(name), None
-    options: dict[str, Any] = {"path": name, "name": arguments.dataset_config}
-    if path.is_file():
-        if path.suffix not in FILE_BUILDERS:
-            raise invalid("dataset_name", name, f"a file ending in {', '.join(FILE_BUILDERS)}")
-        options = {"path": FILE_BUILDERS[path.suffix], "data_files": {"train": name}}
-    elif not path.exists() and (path.suffix in FILE_BUILDERS or name.startswith((".", "/", "~"))):
-        raise invalid("dataset_name", name, "a file or folder that exists, or a Hub id", f"Looked in {Path.cwd()}.")
-    train = load_dataset(**options, split=arguments.dataset_train_split, streaming=arguments.dataset_streaming)
+        if arguments.dataset_train_split != "train":
+            raise invalid(
+                "dataset_train_split", arguments.dataset_train_split, "train: a saved data set has no splits"
+            )
+        return load_from_disk(str(path)), None
+    options = _loading_options(str(arguments.dataset_name), arguments.dataset_config)
+    train = load_dataset(**options, split=arguments.dataset_train_split)
     if path.is_file():
         return train, None
     try:
-        test = load_dataset(**options, split=arguments.dataset_test_split, streaming=arguments.dataset_streaming)
-    except ValueError:
+        return train, load_dataset(**options, split=arguments.dataset_test_split)
+    except ValueError as error:
         # `datasets` has no other way to say that a split does not exist.
+        if "Unknown split" not in str(error):
+            raise
         say(f"The data has no split `{arguments.dataset_test_split}`.")
         return train, None
-    return train, test
+
+
+def _loading_options(name: str, config: str | None) -> dict[str, Any]:
+    """Arguments of `load_dataset` for a file, a folder or a Hub id."""
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in FILE_BUILDERS:
+            raise invalid("dataset_name", name, f"a file ending in {', '.join(FILE_BUILDERS)}")
+        if path.stat().st_size == 0:
+            raise invalid("dataset_name", f"{name}, which is empty", "a file with rows")
+        return {"path": FILE_BUILDERS[path.suffix], "data_files": {"train": name}}
+    if not path.exists() and (path.suffix in FILE_BUILDERS or name.startswith((".", "/", "~"))):
+        raise invalid("dataset_name", name, "a file or folder that exists, or a Hub id", f"Looked in {Path.cwd()}.")
+    return {"path": name, "name": config}
 
 
 def _from_saved(saved: DatasetDict, arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
@@ -285,6 +304,8 @@ def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
     count = round(fraction * len(rows))
     if count == 0:
         return rows, None
+    if count == len(rows):
+        raise invalid("eval_fraction", fraction, f"a share that leaves some of the {len(rows)} rows to train on")
     order = seeded_order(len(rows), seed, 0)
     return rows.select(sorted(order[count:].tolist())), rows.select(sorted(order[:count].tolist()))
 

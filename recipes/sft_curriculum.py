@@ -11,6 +11,7 @@ Arguments are TRL's (`ScriptArguments`, `SFTConfig`, `ModelConfig`), those of `D
 an error. A new run refuses a folder with checkpoints of an earlier one; without checkpoints the folder is used again.
 """
 
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_con
 
 from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, score_dataset
 from hf_curriculum.core.console import say, show_table
-from hf_curriculum.core.distributed import is_main_process
+from hf_curriculum.core.distributed import on_main_process
+from hf_curriculum.core.errors import invalid, unsupported
+from hf_curriculum.curriculum.dataset import check_dataset
 from hf_curriculum.curriculum.difficulty import spearman
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
@@ -66,6 +69,11 @@ def make_parser() -> TrlParser:
     return parser
 
 
+def split_config(argument: str) -> list[str]:
+    """Takes `--config=file` apart."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
 def load_model(model: ModelConfig, training: SFTConfig) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
     """Names the model for the trainer to load; without a name, builds the embedded one."""
     if model.model_name_or_path is None:
@@ -89,6 +97,7 @@ def load_data(script: ScriptArguments, data: DataArguments, training: SFTConfig)
         train, test = generate_corpus(data.demo_rows, seed=training.seed), None
     else:
         train, test = load_splits(script)
+    check_dataset(train, "dataset_name")
     return hold_out(train, data.eval_fraction, training.seed) if test is None else (train, test)
 
 
@@ -118,8 +127,15 @@ def score_only(
     if test is not None:
         splits["test"] = stored.select(range(len(train), len(stored)))
     folder = Path(training.output_dir) / "scored"
-    if is_main_process():
-        splits.save_to_disk(folder)
+
+    def save() -> None:
+        unfinished = folder.with_name("scored.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        splits.save_to_disk(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+    on_main_process(save)
     say(f"Scored data set saved to {folder}. Train on it: --dataset_name {folder} --curriculum_scorer column")
 
 
@@ -149,6 +165,18 @@ def main(
     curriculum: CurriculumConfig,
 ) -> None:
     """Scores, trains, reports, saves."""
+    if (script.dataset_name is None) != (model_args.model_name_or_path is None):
+        raise invalid(
+            "model_name_or_path and dataset_name",
+            f"{model_args.model_name_or_path} and {script.dataset_name}",
+            "both, or neither for the embedded demo",
+        )
+    if run.curriculum_score_only and get_quantization_config(model_args) is not None:
+        raise unsupported(
+            "`curriculum_score_only` with a quantized model",
+            "scores are measured on the model as `--dtype` loads it",
+            "Leave the quantization out of the scoring run.",
+        )
     set_cpu_threads(training, data.cpu_threads)
     check_output_dir(training)
     model, tokenizer = load_model(model_args, training)
@@ -177,7 +205,8 @@ def main(
 
 
 if __name__ == "__main__":
-    command_line = sys.argv[1:]
+    # `--name=value` is what argparse takes too, but TRL's parser knows `--config` only as a word of its own.
+    command_line = [word for argument in sys.argv[1:] for word in split_config(argument)]
     if not {"--config", "--dataset_name", "--dataset-name"} & {argument.split("=")[0] for argument in command_line}:
         command_line = ["--config", str(DEMO_CONFIG), *command_line]
     *parsed, curriculum_arguments = make_parser().parse_args_and_config(command_line)

@@ -2,9 +2,10 @@
 
 import io
 import shutil
+import sys
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
+from rich.box import ASCII, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -53,7 +54,7 @@ def render_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obj
     Returns:
         `str`: the table, as wide as the terminal but at least 120 columns.
     """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD if _encodes("─") else ASCII, pad_edge=False)
     for index, column in enumerate(columns):
         is_text = any(isinstance(row[index], str) for row in rows)
         table.add_column(column, justify="left" if is_text else "right", overflow="fold" if is_text else "ellipsis")
@@ -65,6 +66,20 @@ def render_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obj
     return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())])
 
 
+def _encodes(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _write(text: str) -> None:
+    if not _encodes(text):
+        text = text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding)
+    tqdm.write(text)
+
+
 def say(text: str) -> None:
     """
     Writes text on the main process, above any progress bar.
@@ -74,10 +89,10 @@ def say(text: str) -> None:
             One or more lines.
     """
     if is_main_process():
-        tqdm.write(text)
+        _write(text)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Writes a table on the main process, above any progress bar. See [`render_table`] for the arguments."""
     if is_main_process():
-        tqdm.write("\n" + render_table(title, columns, rows) + "\n")
+        _write("\n" + render_table(title, columns, rows) + "\n")

@@ -1,6 +1,7 @@
 """The run record: what happened, line by line, for reports to read."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,19 @@ class RunRecord:
         if self.enabled:
             self._write([{"event": "run", "step": 0, "run_id": run_id, **values}])
 
-    def resume(self, step: int) -> None:
+    def resume(self, run_id: str, step: int) -> None:
         """
-        Drops the events after a step.
+        Drops the events after a step; begins anew if the record there is of another run.
 
         Args:
+            run_id (`str`):
+                The run that is resumed.
             step (`int`):
                 Optimizer steps done at the checkpoint.
         """
-        if self.enabled:
+        if self.enabled and self.run_id != run_id:
+            self.start(run_id)
+        elif self.enabled:
             self._write([line for line in self.read() if line["step"] <= step])
 
     def append(self, event: str, step: int, **values: Any) -> None:
@@ -71,7 +76,7 @@ class RunRecord:
         if self.enabled:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+                file.write(_as_json({"event": event, "step": step, **values}))
 
     def read(self, event: str | None = None) -> list[dict[str, Any]]:
         """
@@ -103,5 +108,18 @@ class RunRecord:
         return runs[0]["run_id"] if runs else None
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+        text = "".join(map(_as_json, lines))
         write_atomic(self.path, lambda file: file.write(text.encode()))
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    """One line of strict JSON: values that are not finite become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(line), allow_nan=False) + "\n"

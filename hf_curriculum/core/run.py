@@ -154,7 +154,7 @@ class RunMixin(Trainer):
         else:
             state = read_checkpoint_state(checkpoint)
             self._restore_run_state(state)
-            self.record.resume(state["run"]["step"])
+            self.record.resume(self._run_id, state["run"]["step"])
         return super().train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
             ignore_keys_for_eval=ignore_keys_for_eval,

@@ -120,7 +120,7 @@ def incompleteness(folder: str | Path) -> str | None:
     try:
         files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
     except FileNotFoundError:
-        return f"{MANIFEST_NAME} is missing: it was not written to the end, or not by this package"
+        return f"{MANIFEST_NAME} is missing: not written to the end, or with `save_only_model`, or by something else"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST_NAME} cannot be read"
     for name, size in files.items():
@@ -135,6 +135,10 @@ def incompleteness(folder: str | Path) -> str | None:
         return f"{TRAINER_STATE_NAME} is missing"
     except ValueError:
         return f"{TRAINER_STATE_NAME} is cut off"
+    try:
+        read_checkpoint_state(folder)
+    except ValueError as error:
+        return str(error)
     return None
 
 

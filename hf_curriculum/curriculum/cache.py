@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,10 @@ import torch
 import xxhash
 from datasets import Dataset
 from huggingface_hub.constants import HF_HOME
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import unwrap_peft_model
 
 from ..core.distributed import on_main_process
 from ..core.errors import invalid
@@ -33,7 +37,10 @@ def default_cache_dir() -> Path:
 
 def fingerprint(rows: Dataset, trainable: np.ndarray, model: nn.Module | None, settings: dict[str, Any]) -> str:
     """
-    Hashes what a score depends on: values of the rows, every weight and buffer of the model, settings.
+    Hashes what a score depends on: values of the rows, the model, settings.
+
+    Of the model count every weight and buffer, its class, its config, its adapters' configs, which adapters are active
+    and which parameters can learn.
 
     Args:
         rows ([`~datasets.Dataset`]):
@@ -56,10 +63,28 @@ def fingerprint(rows: Dataset, trainable: np.ndarray, model: nn.Module | None, s
             digest.update(name.encode())
             _update(digest, pa.concat_arrays(table.column(name).chunks))
     if model is not None:
+        digest.update(_describe(model).encode())
         for name, tensor in sorted(model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _describe(model: nn.Module) -> str:
+    """What a model computes beside its weights."""
+    base = unwrap_peft_model(model)
+    adapters = getattr(model, "peft_config", {}) if isinstance(model, PeftModel) else {}
+    described = {
+        "class": f"{type(base).__module__}.{type(base).__qualname__}",
+        "config": base.config.to_dict() if isinstance(base, PreTrainedModel) else None,
+        "adapters": {name: config.to_dict() for name, config in adapters.items()},
+        "active": model.active_adapters if isinstance(model, PeftModel) else None,
+        "learns": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+    }
+    # Sets (PEFT's target modules) have another order in every process.
+    return json.dumps(
+        described, sort_keys=True, default=lambda item: sorted(map(str, item)) if isinstance(item, set) else str(item)
+    )
 
 
 def _update(digest: "xxhash.xxh3_128", array: pa.Array) -> None:
@@ -77,8 +102,8 @@ def cached_scores(path: Path, num_rows: int, compute: Callable[[], np.ndarray]) 
     """
     Reads scores from a file, or computes and writes them. Collective.
 
-    The file is reserved at its full size before anything is computed, so that a folder without permission or a full
-    disk is found before the work and not after it.
+    A file of the full size is written and removed before anything is computed, so that a folder without permission or
+    a full disk is found before the work and not after it.
 
     Args:
         path (`Path`):
@@ -98,7 +123,7 @@ def cached_scores(path: Path, num_rows: int, compute: Callable[[], np.ndarray]) 
     known = on_main_process(lambda: _read(path, num_rows))
     if known is not None:
         return known
-    on_main_process(lambda: _reserve(path, num_rows))
+    on_main_process(lambda: _try_room(path, num_rows))
     scores = compute()
     on_main_process(lambda: write_atomic(path, lambda file: np.savez(file, scores=scores)))
     return scores
@@ -126,8 +151,8 @@ def _corrupt(path: Path, got: str) -> ValueError:
     )
 
 
-def _reserve(path: Path, num_rows: int) -> None:
-    scratch = path.with_suffix(".reserved")
+def _try_room(path: Path, num_rows: int) -> None:
+    scratch = path.with_suffix(f".{uuid4().hex}")
     try:
         write_atomic(scratch, lambda file: file.write(b"\0" * (8 * num_rows + 1024)))
     except OSError as error:

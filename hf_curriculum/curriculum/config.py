@@ -173,15 +173,20 @@ class CurriculumConfig:
                 raise invalid(
                     "scorer", self.scorer, f"one of {', '.join(SCORERS)}", "Or pass an object with a `score` method."
                 )
-        elif not (hasattr(self.scorer, "score") and hasattr(self.scorer, "name") and hasattr(self.scorer, "settings")):
+        elif isinstance(self.scorer, type) or not all(
+            hasattr(self.scorer, part) for part in ("name", "uses_model", "settings", "score")
+        ):
             raise invalid(
                 "scorer",
                 self.scorer,
-                f"one of {', '.join(SCORERS)} or an object with `name`, `settings()` and `score(inputs)`",
+                f"one of {', '.join(SCORERS)} or an object with `name`, `uses_model`, `settings()` and `score()`",
                 "See `hf_curriculum.curriculum.difficulty.DifficultyScorer`.",
             )
 
     def _check_ranges(self) -> None:
+        for name in ("probe_rounds", "probe_batch_size", "num_levels"):
+            if not isinstance(getattr(self, name), int):
+                raise invalid(name, getattr(self, name), "an integer")
         for name, valid, expected in (
             ("probe_rounds", self.probe_rounds >= 2, "an integer >= 2"),
             ("probe_epochs", 0 < self.probe_epochs < float("inf"), "a float > 0"),
@@ -198,7 +203,7 @@ class CurriculumConfig:
     def _check_combinations(self) -> None:
         if self.level_method == "thresholds":
             cuts = self.level_thresholds
-            if cuts is None or len(cuts) != self.num_levels - 1 or any(a >= b for a, b in zip(cuts, cuts[1:])):
+            if cuts is None or len(cuts) != self.num_levels - 1 or not all(a < b for a, b in zip(cuts, cuts[1:])):
                 raise invalid(
                     "level_thresholds",
                     cuts,

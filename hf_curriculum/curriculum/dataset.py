@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import create_model_from_path
 
+from ..core.console import say
 from ..core.errors import invalid, unsupported
 from .config import CurriculumConfig
 from .difficulty import DifficultyScorer
@@ -97,7 +99,13 @@ def score_dataset(
             "Rename or remove the column, or use it with `scorer='column'`.",
         )
     if isinstance(model, str):
-        model = create_model_from_path(model, **dict(args.model_init_kwargs or {}))  # type: ignore[arg-type]
+        # As SFTTrainer loads it; `device_map="auto"` would split the model over the GPUs in every process.
+        given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        options: dict[str, Any] = {"device_map": None, "trust_remote_code": args.trust_remote_code, **given}
+        model = create_model_from_path(model, **options)
+    if held_out is not None and (len(held_out) != len(dataset) or all(held_out)):
+        got = f"{len(held_out)} values, {sum(map(bool, held_out))} of them True"
+        raise invalid("held_out", got, f"one value for each of {len(dataset)} rows, not all of them True")
     numbered = dataset.add_column(ROW, np.arange(len(dataset)))
     prepared = _Preparation(args, processing_class, numbered[0]).prepare(numbered)
     kept = np.asarray(prepared[ROW])
@@ -110,6 +118,7 @@ def score_dataset(
         args=args,
         processing_class=processing_class,
         trainable=None if held_out is None else ~np.asarray(held_out, dtype=bool)[kept],
+        num_dropped=len(dataset) - len(kept),
     )
     difficulty = np.full(len(dataset), np.nan)
     difficulty[kept] = measurement.difficulty
@@ -170,8 +179,10 @@ def add_sample_ids(dataset: Dataset) -> Dataset:
         [`~datasets.Dataset`]: with a column `sample_id`: the one there if its values are unique, else row numbers.
     """
     if "sample_id" in dataset.column_names:
-        if len(set(dataset["sample_id"])) == len(dataset):
+        ids = dataset.with_format(None)["sample_id"][:]
+        if len(set(map(repr, ids))) == len(dataset) and not isinstance(ids[0], list | dict):
             return dataset
+        say("The values of `sample_id` are not unique: rows are known by their numbers instead.")
         dataset = dataset.remove_columns("sample_id")
     return dataset.add_column("sample_id", np.arange(len(dataset)))
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 
 from ..core.errors import invalid
 from .config import CurriculumConfig
-from .scoring import ScoringInputs, score_rows
+from .scoring import ScoringInputs, check_row_losses, score_rows
 from .self_paced import SelfPacedScorer
 
 
@@ -86,8 +87,9 @@ class LossScorer:
         """Loss in nats, shape `(N,)`."""
         if inputs.model is None:
             raise invalid("model", None, "a model for `scorer='loss'`")
-        losses = score_rows(inputs, inputs.model, "Scoring: loss")
-        return losses / inputs.label_counts if self.loss_normalization == "token" else losses
+        check_row_losses(inputs, inputs.model)
+        losses, counts = score_rows(inputs, inputs.model, "Scoring: loss")
+        return losses / counts if self.loss_normalization == "token" else losses
 
 
 @dataclass(frozen=True)
@@ -138,17 +140,19 @@ class ColumnScorer:
                 f"a column of the data set, which has {', '.join(inputs.rows.column_names)}",
                 "`score_dataset` adds one.",
             )
-        try:
-            values = inputs.rows.with_format("numpy")[:][self.column].astype(np.float64)
-        except (TypeError, ValueError):
-            raise invalid(
-                f"column {self.column}", repr(inputs.rows.features[self.column]), "numbers, one per row"
-            ) from None
+        # Through Arrow: the numpy format of `datasets` rounds to float32.
+        column = inputs.rows.with_format("arrow")[:].column(self.column)
+        if not (
+            pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)
+        ):
+            raise invalid(f"column {self.column}", str(column.type), "numbers, one per row")
+        values = column.cast(pa.float64()).to_numpy()
         missing = np.flatnonzero(~np.isfinite(values))
         if len(missing):
+            first = inputs.rows[int(missing[0])].get("sample_id", int(missing[0]))
             raise invalid(
                 f"column {self.column}",
-                f"{len(missing)} missing, NaN or infinite values, the first in row {missing[0]}",
+                f"{len(missing)} missing, NaN or infinite values, the first in row {first}",
                 "a finite number in every row that has labelled tokens",
                 "Drop those rows or give them a score.",
             )

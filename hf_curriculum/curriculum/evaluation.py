@@ -19,9 +19,13 @@ def level_name(level: int) -> str:
     return f"level_{level}"
 
 
+# Last words of metric names whose values are better when lower; all others are taken to be better when higher.
+FALLING = {"loss", "perplexity", "ppl", "wer", "cer", "mse", "rmse", "mae", "error", "rate", "ece", "brier"}
+
+
 def is_loss(metric: str) -> bool:
-    """Whether a lower value of the metric is better, told from its name: losses and perplexities; all others rise."""
-    return metric.endswith(("loss", "perplexity"))
+    """Whether a lower value of the metric is better, told from the last word of its name (`eval_wer`, `val_loss`)."""
+    return metric.rpartition("_")[2] in FALLING
 
 
 class LevelMatrix:
@@ -41,28 +45,36 @@ class LevelMatrix:
         self._rows: dict[int, dict[str, list[float | None]]] = {}
 
     @property
+    def measured(self) -> list[Stage]:
+        """The stages whose end was measured: all of them, unless the run stopped early."""
+        return [stage for stage in self.stages if stage.index in self._rows]
+
+    @property
     def introduced_at(self) -> list[int | None]:
-        """For each level the stage that first trained on it; None where stages do not follow levels."""
-        found = {level: stage.index for stage in self.stages for level in stage.introduces}
+        """For each level the row of the matrix that first trained on it; None where stages do not follow levels."""
+        found = {level: row for row, stage in enumerate(self.measured) for level in stage.introduces}
         return [found.get(level) for level in range(self.num_levels)]
 
-    def add(self, stage: int, metrics: Mapping[int, Mapping[str, float]]) -> dict[str, list[float | None]]:
+    def add(self, stage: int, metrics: Mapping[str, float]) -> dict[str, list[float | None]]:
         """
         Adds the end of a stage.
 
         Args:
             stage (`int`):
                 Its index.
-            metrics (`Mapping[int, Mapping[str, float]]`):
-                For each level with evaluation rows, its metrics by bare name (`loss`, `accuracy`).
+            metrics (`Mapping[str, float]`):
+                `eval_level_<i>_<metric>`, for each level with evaluation rows. What is not a number is left out.
 
         Returns:
-            `dict[str, list]`: for each metric the K values, None for a level without evaluation rows.
+            `dict[str, list]`: by the metric's bare name the K values, None for a level without evaluation rows.
         """
-        names = sorted({name for values in metrics.values() for name in values})
-        row: dict[str, list[float | None]] = {
-            name: [metrics.get(level, {}).get(name) for level in range(self.num_levels)] for name in names
-        }
+        row: dict[str, list[float | None]] = {}
+        for level in range(self.num_levels):
+            prefix = f"eval_{level_name(level)}_"
+            for key, value in metrics.items():
+                if not key.startswith(prefix) or not isinstance(value, int | float):
+                    continue
+                row.setdefault(key.removeprefix(prefix), [None] * self.num_levels)[level] = float(value)
         self._rows[stage] = row
         return row
 
@@ -75,10 +87,10 @@ class LevelMatrix:
                 Its bare name.
 
         Returns:
-            `np.ndarray` of shape `(num_stages, K)`, float64: NaN where nothing was measured.
+            `np.ndarray` of shape `(T, K)`, float64, for the T stages measured: NaN where there is no value.
         """
         empty = [None] * self.num_levels
-        rows = [self._rows.get(stage.index, {}).get(metric, empty) for stage in self.stages]
+        rows = [self._rows[stage.index].get(metric, empty) for stage in self.measured]
         return np.array([[math.nan if value is None else value for value in row] for row in rows])
 
     @property
@@ -113,13 +125,9 @@ class LevelMatrix:
             better = "lower is better" if is_loss(metric) else "higher is better"
             summary = forgetting_summary(values, self.introduced_at, higher_is_better=not is_loss(metric))
             rows: list[list[object]] = [
-                [
-                    f"after stage {stage.index}",
-                    *map(float, values[stage.index]),
-                    float(np.nanmean(values[stage.index])),
-                ]
-                for stage in self.stages
-                if not np.isnan(values[stage.index]).all()
+                [f"after stage {stage.index}", *map(float, row), float(np.nanmean(row))]
+                for stage, row in zip(self.measured, values, strict=True)
+                if not np.isnan(row).all()
             ]
             rows.append(["forgetting (> 0: forgotten)", *map(float, summary.forgetting), None])
             show_table(

@@ -19,8 +19,9 @@ from ..core.console import say
 from ..core.errors import invalid, unsupported
 from .cache import cached_scores, default_cache_dir, fingerprint
 from .config import CurriculumConfig
-from .difficulty import DifficultyScorer, build_scorer, spearman
+from .difficulty import DifficultyScorer, LossScorer, build_scorer, spearman
 from .scoring import Batch, ScoringInputs
+from .self_paced import SelfPacedScorer
 
 
 __all__ = ["Measurement", "count_labels", "measure_difficulty", "row_lengths"]
@@ -43,6 +44,10 @@ class Measurement:
             Tokens.
         label_counts (`np.ndarray` of shape `(N,)`, int64):
             Labelled tokens.
+        trainable (`np.ndarray` of shape `(N,)`, bool):
+            False for evaluation rows, which the description leaves out.
+        num_dropped (`int`):
+            Rows that the preparation had dropped already, having no labelled token.
         scorer (`str`):
             Name of the scorer.
         seconds (`float`):
@@ -52,13 +57,20 @@ class Measurement:
     difficulty: np.ndarray
     lengths: np.ndarray
     label_counts: np.ndarray
+    trainable: np.ndarray
+    num_dropped: int
     scorer: str
     seconds: float
 
     @property
     def scored(self) -> np.ndarray:
-        """Which rows have a difficulty, `(N,)`, bool."""
-        return np.asarray(self.label_counts > 0)
+        """Which training rows have a difficulty, `(N,)`, bool."""
+        return np.asarray((self.label_counts > 0) & self.trainable)
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Training rows without a labelled token, those that the preparation dropped included."""
+        return self.num_dropped + int((self.trainable & (self.label_counts == 0)).sum())
 
     @property
     def length_correlation(self) -> float:
@@ -72,14 +84,15 @@ class Measurement:
 
     def describe(self) -> str:
         """What was scored and how it relates to length, for people."""
-        unlabelled = int((~self.scored).sum())
         text = (
             f"Scored {int(self.scored.sum()):,} rows with `{self.scorer}` in {self.seconds:.1f} s. "
             f"Spearman with length: {self.length_correlation:.2f} (all tokens), "
             f"{self.label_correlation:.2f} (labelled tokens)."
         )
-        if unlabelled:
-            text += f" {unlabelled:,} rows have no labelled token (too long for `max_length`?) and are left out."
+        if self.num_unlabelled:
+            text += (
+                f" {self.num_unlabelled:,} rows have no labelled token (too long for `max_length`?) and are left out."
+            )
         if self.scorer != "length" and abs(self.length_correlation) >= LENGTH_SUSPICION:
             text += " This score says little more than the length: see `loss_normalization`."
         return text
@@ -158,6 +171,7 @@ def measure_difficulty(
     args: TrainingArguments,
     processing_class: object | None = None,
     trainable: Sequence[bool] | np.ndarray | None = None,
+    num_dropped: int = 0,
 ) -> Measurement:
     """
     Measures the difficulty of tokenised rows with the config's scorer, through the cache. Collective.
@@ -179,6 +193,8 @@ def measure_difficulty(
             The tokenizer.
         trainable (`Sequence[bool]` of length N, *optional*):
             False for rows that a learned scorer must not train on. Defaults to True everywhere.
+        num_dropped (`int`, *optional*, defaults to `0`):
+            Rows that the preparation had dropped already; only told.
 
     Returns:
         [`Measurement`]
@@ -220,7 +236,9 @@ def measure_difficulty(
         progress=not args.disable_tqdm,
     )
     difficulty[kept] = _scores(scorer, inputs, config)
-    measurement = Measurement(difficulty, lengths, label_counts, scorer.name, time.perf_counter() - started)
+    measurement = Measurement(
+        difficulty, lengths, label_counts, learnable, num_dropped, scorer.name, time.perf_counter() - started
+    )
     say(measurement.describe())
     return measurement
 
@@ -232,14 +250,11 @@ def _scores(scorer: DifficultyScorer, inputs: ScoringInputs, config: CurriculumC
         _check_whole(inputs.model)
         with _placed(inputs.model, inputs.device):
             if config.use_cache:
-                settings = {
-                    "scorer": scorer.name,
-                    "seed": inputs.seed,
-                    "precision": str(inputs.autocast_dtype),
-                    "learning_rate": inputs.learning_rate,
-                    **scorer.settings(),
-                }
-                rows = inputs.rows.select_columns(list(inputs.batch_columns))
+                settings = {"scorer": scorer.name, "precision": str(inputs.autocast_dtype), **scorer.settings()}
+                if not isinstance(scorer, LossScorer):  # which learns nothing
+                    settings |= {"seed": inputs.seed, "learning_rate": inputs.learning_rate}
+                ours = isinstance(scorer, LossScorer | SelfPacedScorer)  # which read what the collator reads
+                rows = inputs.rows.select_columns(list(inputs.batch_columns)) if ours else inputs.rows
                 name = fingerprint(rows, inputs.trainable, inputs.model, settings)
                 folder = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
                 scores = cached_scores(folder / f"{name}.npz", len(inputs.rows), lambda: scorer.score(inputs))

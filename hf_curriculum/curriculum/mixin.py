@@ -26,7 +26,7 @@ from .difficulty import build_scorer
 from .evaluation import LevelMatrix, level_name
 from .levels import level_cuts, levels_at
 from .measurement import Measurement, measure_difficulty
-from .plan import build_plan
+from .plan import CurriculumPlan, build_plan
 from .sampler import CurriculumSampler
 from .tables import LEVEL_COLUMNS, STAGE_COLUMNS, level_rows, stage_rows
 
@@ -47,7 +47,7 @@ class CurriculumMixin(RunMixin):
     train()           check a checkpoint against the plan -> show levels and stages
       on_step_begin   first step of a stage: on_stage_begin
       on_step_end     last step of a stage:  on_stage_end -> evaluate every level -> log, save
-                      last stage: ACC, BWT, forgetting per level -> table, log, run record
+      on_train_end    ACC, BWT, forgetting per level -> table, log, run record
     ```
 
     Args:
@@ -67,6 +67,8 @@ class CurriculumMixin(RunMixin):
             Difficulty of the rows of `train_dataset`.
         levels (`np.ndarray` of shape `(N,)`, int64):
             Their levels, 0 the easiest.
+        sample_ids (`np.ndarray` of shape `(N,)`):
+            Their ids: the column `sample_id` of the user's data if its values are unique, else row numbers there.
 
     Raises:
         `ValueError`: before any training step, for data or arguments that do not make a plan.
@@ -75,37 +77,52 @@ class CurriculumMixin(RunMixin):
 
     def __init__(self, *args: Any, curriculum: CurriculumConfig | None = None, **kwargs: Any) -> None:
         arguments = bind_trainer_arguments(type(self), args, kwargs)
-        self.curriculum = curriculum or CurriculumConfig()
+        self.curriculum = CurriculumConfig() if curriculum is None else curriculum
+        if not isinstance(self.curriculum, CurriculumConfig):
+            raise invalid("curriculum", curriculum, "a `CurriculumConfig`")
         check_arguments(arguments.get("args"))
         check_datasets(arguments.get("train_dataset"), arguments.get("eval_dataset"), self.curriculum.eval_levels)
         arguments["args"] = copy.copy(arguments.get("args"))
-        arguments["train_dataset"] = add_sample_ids(arguments["train_dataset"])
+        given = arguments["train_dataset"]
+        arguments["train_dataset"] = add_sample_ids(given)
         super().__init__(**arguments)
-        self._measure()
+        self.sample_ids = np.asarray(self.train_dataset.with_format(None)["sample_id"][:])
+        if "sample_id" not in given.column_names:
+            # Or it would reach collators that take every column.
+            self.train_dataset = self.train_dataset.remove_columns("sample_id")
+        self._check_plan()
+        self._measure(num_dropped=len(given) - len(self.train_dataset))
         self._plan()
         self.add_callback(_LevelEvaluation(self))
         self.add_callback(StageDriver(self.curriculum_plan.stages, self.callback_handler))
 
     # Before training: difficulty, levels, plan
 
-    def _measure(self) -> None:
+    def _check_plan(self) -> None:
+        """Refuses what makes no plan whatever the scores, before hours are spent on them."""
+        rows = len(self.train_dataset)
+        if rows >= self.curriculum.num_levels:
+            self._build_plan(np.arange(rows) * self.curriculum.num_levels // rows, np.ones(rows, dtype=np.int64))
+
+    def _measure(self, num_dropped: int) -> None:
         """Scores training and evaluation rows, and cuts them into levels."""
         parts = self._evaluation_parts()
         if build_scorer(self.curriculum).uses_model:
             rows = concatenate_datasets([self._batch_rows(part) for part in (self.train_dataset, *parts)])
             trainable = np.arange(len(rows)) < len(self.train_dataset)
-            measured = self._measure_rows(rows, trainable)
+            measured = self._measure_rows(rows, trainable, num_dropped)
             split = len(self.train_dataset)
             difficulty, eval_difficulty = measured.difficulty[:split], measured.difficulty[split:]
         else:
-            measured = self._measure_rows(self.train_dataset)
+            measured = self._measure_rows(self.train_dataset, None, num_dropped)
             difficulty = measured.difficulty
-            eval_parts = [self._measure_rows(part).difficulty for part in parts]
+            eval_parts = [self._measure_rows(part, None, 0).difficulty for part in parts]
             eval_difficulty = np.concatenate(eval_parts) if eval_parts else np.empty(0)
         self._measurement = measured
         kept = np.flatnonzero(np.isfinite(difficulty))
         if len(kept) < len(difficulty):
             self.train_dataset = self.train_dataset.select(kept)
+            self.sample_ids = self.sample_ids[kept]
         self.difficulty = difficulty[kept]
         self._lengths = measured.lengths[: len(difficulty)][kept]
         cuts = level_cuts(
@@ -118,7 +135,7 @@ class CurriculumMixin(RunMixin):
         self.levels = levels_at(self.difficulty, cuts)
         self._eval_rows = self._rows_by_level(parts, eval_difficulty, cuts)
 
-    def _measure_rows(self, rows: Dataset, trainable: np.ndarray | None = None) -> Measurement:
+    def _measure_rows(self, rows: Dataset, trainable: np.ndarray | None, num_dropped: int) -> Measurement:
         return measure_difficulty(
             rows,
             self.curriculum,
@@ -128,6 +145,7 @@ class CurriculumMixin(RunMixin):
             args=self.args,
             processing_class=self.processing_class,
             trainable=trainable,
+            num_dropped=num_dropped,
         )
 
     def _batch_rows(self, rows: Dataset) -> Dataset:
@@ -140,9 +158,12 @@ class CurriculumMixin(RunMixin):
             return []
         if not self.curriculum.eval_levels:
             return []
-        parts: list[Dataset] = (
+        everything: list[Dataset] = (
             [*self.eval_dataset.values()] if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         )
+        parts = [part for part in everything if len(part)]
+        if len(parts) < len(everything):
+            say("An evaluation set has no row with a labelled token after truncation; it is left out of the matrix.")
         column = self.curriculum.difficulty_column
         if self.curriculum.scorer == "column" and any(column not in part.column_names for part in parts):
             say(
@@ -166,19 +187,25 @@ class CurriculumMixin(RunMixin):
     def _plan(self) -> None:
         """Fixes the order of the run; the Trainer then sees one epoch."""
         self._num_train_epochs = self.args.num_train_epochs
-        self.curriculum_plan = build_plan(
-            self.levels,
+        self.curriculum_plan = self._build_plan(self.levels, self._lengths)
+        self.args.num_train_epochs = 1.0
+        self._level_matrix = LevelMatrix(self.curriculum_plan.stages, self.curriculum.num_levels)
+        self._data_fingerprint = self._fingerprint_data()
+
+    def _build_plan(self, levels: np.ndarray, lengths: np.ndarray) -> CurriculumPlan:
+        return build_plan(
+            levels,
             self.curriculum,
             global_batch_size=self.get_total_train_batch_size(self.args),
             num_train_epochs=self.args.num_train_epochs,
             max_steps=self.args.max_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            lengths=self._lengths,
+            lengths=lengths,
         )
-        self.args.num_train_epochs = 1.0
-        self._level_matrix = LevelMatrix(self.curriculum_plan.stages, self.curriculum.num_levels)
-        everything = np.ones(len(self.train_dataset), dtype=bool)
-        self._data_fingerprint = fingerprint(self._batch_rows(self.train_dataset), everything, None, {})
+
+    def _fingerprint_data(self) -> str:
+        rows = self._batch_rows(self.train_dataset)
+        return fingerprint(rows, np.ones(len(rows), dtype=bool), None, {})
 
     # Training
 
@@ -198,8 +225,9 @@ class CurriculumMixin(RunMixin):
             `ValueError`: if the data set or the global batch size is not the plan's any more, or a checkpoint is of
                 another plan.
         """
-        found = {
+        found: dict[str, tuple[object, object]] = {
             "train_dataset": (len(self.train_dataset), self.curriculum_plan.num_rows),
+            "contents of train_dataset": (self._fingerprint_data(), self._data_fingerprint),
             "global batch size": (self.get_total_train_batch_size(self.args), self.curriculum_plan.global_batch_size),
         }
         for name, (got, planned) in found.items():
@@ -231,7 +259,8 @@ class CurriculumMixin(RunMixin):
 
         Returns:
             `dict[str, float]`: `eval_level_<i>_loss` and the metrics of `compute_metrics` under the same prefix, for
-            each level with evaluation rows; empty without evaluation data.
+            each level with evaluation rows; empty without evaluation data. They are logged, but are not part of
+            `evaluate()`, and so not a `metric_for_best_model`.
 
         Example:
 
@@ -259,16 +288,14 @@ class CurriculumMixin(RunMixin):
         return metrics
 
     def _end_stage(self, stage: Stage) -> None:
-        """Measures every level; after the last stage sums up what was forgotten."""
+        """Measures every level."""
         metrics = self.evaluate_levels()
-        by_level = {
-            level: {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-            for level in self._eval_rows
-            if (prefix := f"eval_{level_name(level)}_")
-        }
-        row = self._level_matrix.add(stage.index, by_level)
+        row = self._level_matrix.add(stage.index, metrics)
         self.record.append("stage_end", self.state.global_step, stage=stage.index, metrics=row)
-        if stage is self.curriculum_plan.stages[-1] and metrics:
+
+    def _sum_up(self) -> None:
+        """What was forgotten over the stages that were measured, all of them unless the run stopped early."""
+        if self._eval_rows and self._level_matrix.measured:
             summary = self._level_matrix.forgetting()
             self.record.append("forgetting", self.state.global_step, metrics=summary)
             self._log_evaluation(summary)
@@ -337,7 +364,7 @@ class CurriculumMixin(RunMixin):
         show_table(
             f"Stages, `{self.curriculum.pacing}` ({self.curriculum_plan.num_steps} steps)", STAGE_COLUMNS, stages
         )
-        if self.state.global_step == 0:
+        if not self.record.read("plan"):
             self.record.append(
                 "plan",
                 0,
@@ -354,9 +381,7 @@ class CurriculumMixin(RunMixin):
 
     def _write_plan(self) -> None:
         self.curriculum_plan.save(self.record.folder / "plan")
-        table = pa.table(
-            {"sample_id": self.train_dataset["sample_id"][:], "difficulty": self.difficulty, "level": self.levels}
-        )
+        table = pa.table({"sample_id": self.sample_ids, "difficulty": self.difficulty, "level": self.levels})
         write_atomic(self.record.folder / "difficulty.parquet", lambda file: pq.write_table(table, file))
 
 
@@ -370,6 +395,11 @@ class _LevelEvaluation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._show_and_record()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._sum_up()
 
     def on_stage_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any

@@ -219,7 +219,7 @@ class ProbeTraining:
         for micro in token_budget_batches(self.inputs.lengths[mine], self.inputs.batch_tokens):
             batch = collated(self.inputs, mine[micro])
             with autocast(self.inputs):
-                losses = row_losses(self.probe, batch)
+                losses, _ = row_losses(self.probe, batch)
             (
                 losses @ torch.as_tensor(mine_weights[micro], dtype=losses.dtype, device=losses.device) / total
             ).backward()

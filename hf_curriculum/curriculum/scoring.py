@@ -26,6 +26,7 @@ __all__ = [
     "Batch",
     "ScoringInputs",
     "autocast",
+    "check_row_losses",
     "collated",
     "evaluation_mode",
     "row_losses",
@@ -59,7 +60,7 @@ class ScoringInputs:
         device (`torch.device`):
             Where batches go; the model is there already.
         autocast_dtype (`torch.dtype`, *optional*):
-            Mixed precision of the run; None for none.
+            bfloat16 if the run trains in it, else None: float16 would need loss scaling in the probe.
         learning_rate (`float`):
             The training run's.
         gradient_checkpointing (`bool`):
@@ -132,9 +133,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def row_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+def row_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Sum of the loss over each row's labels.
+    Sum of the loss over each row's labels, and how many they are.
 
     Args:
         model (`nn.Module`):
@@ -143,8 +144,8 @@ def row_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
             Inputs with `labels`: `(B, S)` with -100 where there is none, or one label per row for a classifier.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, float32, in nats (squared error for a regression head). With gradient in grad
-        mode.
+        `tuple[torch.Tensor, torch.Tensor]`, both of shape `(B,)`: losses, float32, in nats (squared error for a
+        regression head), with gradient in grad mode; counts, int64.
 
     Raises:
         `NotImplementedError`: for any other kind of model.
@@ -154,8 +155,10 @@ def row_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     base = unwrap_peft_model(model)
     kind = getattr(base, "loss_type", None)
     if kind == "ForSequenceClassification":
-        return _classification_losses(model(**inputs).logits.float(), labels)
-    if kind != "ForCausalLM" or getattr(base.config, "is_encoder_decoder", False):
+        losses = _classification_losses(model(**inputs).logits.float(), labels)
+        return losses, torch.ones_like(losses, dtype=torch.int64)
+    # GPT-2 and its time name no loss; `check_row_losses` tells whether they are what they seem.
+    if kind not in ("ForCausalLM", None) or getattr(base.config, "is_encoder_decoder", False):
         raise unsupported(
             f"A loss-based difficulty of {type(base).__name__}",
             "only causal language models and sequence classifiers have one loss per row here",
@@ -165,7 +168,41 @@ def row_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     hidden = head.backbone(**inputs, use_cache=False).last_hidden_state  # [B, S, H]
     positions = gather_labelled(hidden, labels)
     nll = token_nll(positions, head)  # [T]
-    return nll.new_zeros(labels.shape[0]).index_add(0, positions.rows, nll)
+    losses = nll.new_zeros(labels.shape[0]).index_add(0, positions.rows, nll)
+    return losses, torch.bincount(positions.rows, minlength=labels.shape[0])
+
+
+def check_row_losses(inputs: ScoringInputs, model: nn.Module) -> None:
+    """
+    Compares the loss of one row with the model's own logits.
+
+    Some architectures transform hidden states between backbone and head (RoBERTa's decoder, say); their losses would
+    be wrong without a word.
+
+    Args:
+        inputs ([`ScoringInputs`]):
+            The rows, of which the shortest is used.
+        model (`nn.Module`):
+            The model to score with.
+
+    Raises:
+        `NotImplementedError`: if the losses differ.
+    """
+    batch = collated(inputs, np.argmin(inputs.lengths, keepdims=True))
+    with evaluation_mode(model), torch.inference_mode(), autocast(inputs):
+        ours = row_losses(model, batch)[0]
+        if batch["labels"].ndim == 1 or batch["labels"].is_floating_point():
+            return  # a classifier's loss comes from its own logits
+        labels = batch["labels"][:, 1:]
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits[:, :-1].float()
+        theirs = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    if not torch.allclose(ours.sum(), theirs, rtol=2e-2 if inputs.autocast_dtype else 1e-3, atol=1e-3):
+        raise unsupported(
+            f"A loss-based difficulty of {type(unwrap_peft_model(model)).__name__}",
+            f"its head is more than a projection (a row's loss is {theirs.item():.4f}, the projection's is "
+            f"{ours.sum().item():.4f})",
+            "Use `scorer='length'`, or bring your own score with `scorer='column'`.",
+        )
 
 
 def _classification_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -194,7 +231,7 @@ def collated(inputs: ScoringInputs, indices: np.ndarray) -> Batch:
     return {name: tensor.to(inputs.device) for name, tensor in inputs.collate(examples).items()}
 
 
-def score_rows(inputs: ScoringInputs, model: nn.Module, description: str) -> np.ndarray:
+def score_rows(inputs: ScoringInputs, model: nn.Module, description: str) -> tuple[np.ndarray, np.ndarray]:
     """
     Loss of every row, forward only. Collective at the end.
 
@@ -210,16 +247,19 @@ def score_rows(inputs: ScoringInputs, model: nn.Module, description: str) -> np.
             Label of the progress bar.
 
     Returns:
-        `np.ndarray` of shape `(N,)`, float64: sum of the loss over each row's labels, equal on every rank.
+        `tuple[np.ndarray, np.ndarray]`, both of shape `(N,)`, float64, equal on every rank: sum of the loss over each
+        row's labels, and number of labels.
     """
     rank, world = rank_and_world()
     batches = token_budget_batches(inputs.lengths, inputs.batch_tokens)[rank::world]
-    losses = np.zeros(len(inputs.lengths))
+    found = np.zeros((2, len(inputs.lengths)))
     bar = tqdm(batches, desc=description, leave=False, disable=not (inputs.progress and is_main_process()))
     with evaluation_mode(model), torch.inference_mode(), autocast(inputs):
         for indices in bar:
-            losses[indices] = row_losses(model, collated(inputs, indices)).cpu().numpy()
-    return sum_over_ranks(losses, inputs.device)
+            losses, counts = row_losses(model, collated(inputs, indices))
+            found[0, indices], found[1, indices] = losses.cpu().numpy(), counts.cpu().numpy()
+    losses_and_counts = sum_over_ranks(found, inputs.device)
+    return losses_and_counts[0], losses_and_counts[1]
 
 
 def autocast(inputs: ScoringInputs) -> torch.autocast:

@@ -13,14 +13,15 @@ Shapes: N rows, R rounds.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..core.errors import invalid
-from .probe import ProbeTraining, open_probe
-from .scoring import ScoringInputs, score_rows
+from .probe import LORA_LEARNING_RATE, LORA_RANK, ProbeTraining, open_probe
+from .scoring import ScoringInputs, check_row_losses, score_rows
 
 
 __all__ = [
@@ -34,8 +35,8 @@ __all__ = [
 
 
 # Share of the probe's training that comes before the first round, on random rows: Kumar et al. start from such a model
-# too, without saying how long. Our choice: with a quarter, rows that are rare and not yet learned came out as hard ones,
-# and never recovered (docs/curriculum.md).
+# too, without saying how long. Our choice: with a quarter, rows that were only rare came out as hard, and what the
+# probe does not admit it does not learn (docs/curriculum.md).
 WARMUP_SHARE = 0.5
 
 
@@ -162,8 +163,10 @@ class SelfPacedScorer:
     uses_model: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """What the result depends on besides rows, weights and seed."""
-        return {**vars(self), "lora": "r8"}
+        """What the result depends on besides rows, weights and seed; for a probe in a folder also its files."""
+        folder = Path(self.probe)
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*"))]
+        return {**vars(self), "lora": [LORA_RANK, LORA_LEARNING_RATE], "probe_files": files}
 
     def score(self, inputs: ScoringInputs) -> np.ndarray:
         """
@@ -183,6 +186,7 @@ class SelfPacedScorer:
         learnable = np.flatnonzero(inputs.trainable)
         normalised = np.empty((self.rounds, len(inputs.lengths)))
         with open_probe(self.probe, inputs) as (probe, default_rate):
+            check_row_losses(inputs, probe)
             training = ProbeTraining(inputs, probe, self.learning_rate or default_rate, self.batch_size)
             steps = phase_steps(self.epochs * len(learnable) / self.batch_size, self.rounds)
             training.run(learnable, np.ones(len(learnable)), steps[0], phase=0)
@@ -196,7 +200,7 @@ class SelfPacedScorer:
         return self_paced_difficulty(normalised, ages)
 
     def _losses(self, inputs: ScoringInputs, probe: nn.Module, description: str) -> np.ndarray:
-        losses = score_rows(inputs, probe, description)
+        losses, counts = score_rows(inputs, probe, description)
         if not np.isfinite(losses).all():
             raise invalid(
                 "the probe's loss",
@@ -204,4 +208,4 @@ class SelfPacedScorer:
                 "finite losses",
                 "Lower `probe_learning_rate`, or look for rows that break the model.",
             )
-        return losses / inputs.label_counts if self.loss_normalization == "token" else losses
+        return losses / counts if self.loss_normalization == "token" else losses

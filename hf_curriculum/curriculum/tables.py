@@ -69,7 +69,9 @@ def level_rows(
 def _example(input_ids: list[int], processing_class: object | None) -> str:
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         return "-"
-    text = " ".join(str(processing_class.decode(input_ids[:EXAMPLE_TOKENS], skip_special_tokens=True)).split())
+    decoded = str(processing_class.decode(input_ids[:EXAMPLE_TOKENS], skip_special_tokens=True))
+    # Control characters in a row must not reach the terminal.
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in decoded).split())
     return text if len(text) <= EXAMPLE_WIDTH else text[: EXAMPLE_WIDTH - 3] + "..."
 
 

@@ -31,6 +31,6 @@ def test_every_private_name_of_the_trainers_that_is_used_is_listed(repository: P
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in private:
                 used.add(node.attr)
-            if isinstance(node, ast.FunctionDef) and node.name in private:
-                used.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                used |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)} & private
     assert used == {name.rsplit(".", 1)[1] for name in PRIVATE_SEAMS}

@@ -44,8 +44,10 @@ def test_broken_checkpoint_is_named(checkpoint, break_it, told):
 
 
 @pytest.mark.parametrize("text", ["{", "{}", json.dumps({"sha256": "0", "state": {"run": {}}})])
-def test_changed_state_is_an_error(checkpoint, text):
+def test_changed_state_is_an_error_and_makes_the_checkpoint_incomplete(checkpoint, text):
     (checkpoint / state.STATE_NAME).write_text(text)
+    state.write_manifest(checkpoint)
+    assert state.STATE_NAME in state.incompleteness(checkpoint)
     with pytest.raises(ValueError, match="Resume from another checkpoint"):
         state.read_checkpoint_state(checkpoint)
 
@@ -78,16 +80,27 @@ def test_resumed_record_equals_the_uninterrupted_one(tmp_path):
     record.append("stage_end", 6, stage=1)
     with open(record.path, "a") as file:
         file.write('{"event": "stage_end", "st')  # cut off by a kill
-    record.resume(4)
+    record.resume("id", 4)
     record.append("stage_end", 6, stage=1)
     assert [line.get("stage") for line in record.read("stage_end")] == [0, 1]
     assert record.run_id == "id"
+
+
+def test_record_of_another_run_begins_anew_and_json_is_strict(tmp_path):
+    record = RunRecord(tmp_path)
+    record.start("first")
+    record.append("stage_end", 2, metrics={"loss": [1.0, float("nan")]})
+    assert "NaN" not in record.path.read_text()
+    assert record.read("stage_end")[0]["metrics"] == {"loss": [1.0, None]}
+    record.resume("second", 2)
+    assert record.run_id == "second"
+    assert record.read("stage_end") == []
 
 
 def test_record_of_another_rank_writes_nothing(tmp_path):
     record = RunRecord(tmp_path, enabled=False)
     record.start("id")
     record.append("x", 1)
-    record.resume(0)
+    record.resume("id", 0)
     assert os.listdir(tmp_path) == []
     assert record.run_id is None

@@ -3,7 +3,10 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig
 
 from hf_curriculum import CurriculumConfig, score_dataset
 from hf_curriculum.curriculum import cache
@@ -40,6 +43,14 @@ def test_fingerprint_changes_with_everything_it_covers():
         print_of(model=model),
         print_of(model=other),
     ]
+    frozen, scaled = build_model(tokenizer), build_model(tokenizer)
+    frozen.model.embed_tokens.requires_grad_(False)
+    scaled.config.rms_norm_eps = 0.5
+    prints += [print_of(model=frozen), print_of(model=scaled)]
+    for alpha in (8, 64):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"])
+        prints.append(print_of(model=get_peft_model(build_model(tokenizer), config)))
     assert len(set(prints)) == len(prints)
     assert print_of(model=model) == print_of(model=build_model(tokenizer))
 
@@ -67,6 +78,22 @@ def test_second_time_is_read_from_the_cache(score):
     assert len(calls) == 2
     run(use_cache=False)
     assert len(calls) == 3
+
+
+def test_seed_and_learning_rate_count_where_something_is_learned(tmp_path):
+    tokenizer = build_tokenizer()
+    model, rows = build_model(tokenizer), generate_corpus(12)
+    folder = tmp_path / "cache"
+
+    def files(scorer, **kwargs):
+        args = SFTConfig(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", **kwargs)
+        config = CurriculumConfig(probe="full", probe_batch_size=8, cache_dir=str(folder))
+        score_dataset(model, rows, scorer, processing_class=tokenizer, args=args, config=config)
+        return len(list(folder.iterdir()))
+
+    counts = [files(scorer, **kwargs) for scorer in ("loss", "self_paced") for kwargs in ({}, {"seed": 1})]
+    assert counts == [1, 1, 2, 3]
+    assert files("self_paced", learning_rate=1.0) == 4
 
 
 def flip(contents, position):

@@ -193,6 +193,31 @@ def test_classifier_rows_are_scored_by_their_loss():
     np.testing.assert_allclose(measured.difficulty, expected, rtol=1e-5)
 
 
+TINY = {"vocab_size": 525, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_gpt2_which_names_no_loss_is_scored(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=525, n_embd=16, n_layer=1, n_head=2, n_positions=256))
+    rows = generate_corpus(6)
+    config = CurriculumConfig(use_cache=False)
+    scored = score_dataset(model, rows, "loss", processing_class=tokenizer, config=config)
+    np.testing.assert_allclose(scored["difficulty"], naive_losses(model.eval(), tokenizer, rows, "token"), rtol=1e-5)
+
+
+def test_head_that_is_more_than_a_projection_is_refused(tokenizer):
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    config = RobertaConfig(**TINY, intermediate_size=16, is_decoder=True, max_position_embeddings=256, pad_token_id=0)
+    model = RobertaForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.dense.weight)
+    with pytest.raises(NotImplementedError, match="its head is more than a projection"):
+        score_dataset(
+            model, generate_corpus(6), "loss", processing_class=tokenizer, config=CurriculumConfig(use_cache=False)
+        )
+
+
 def test_encoder_decoder_is_refused_with_the_way_out():
     from transformers import T5Config, T5ForConditionalGeneration
 

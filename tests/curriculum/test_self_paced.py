@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hf_curriculum import CurriculumConfig, score_dataset
+from hf_curriculum.curriculum.difficulty import build_scorer
 from hf_curriculum.curriculum.probe import open_probe
 from hf_curriculum.curriculum.self_paced import (
     age_schedule,
@@ -245,11 +246,13 @@ def test_proxy_scores_and_needs_the_same_vocabulary(tokenizer, tmp_path):
     proxy.save_pretrained(tmp_path / "proxy")
     tokenizer.save_pretrained(tmp_path / "proxy")
     config = CurriculumConfig(probe=str(tmp_path / "proxy"), **SMALL)
+    settings = build_scorer(config).settings()
     scored = score_dataset(None, generate_corpus(16), processing_class=tokenizer, config=config)
     assert np.isfinite(scored["difficulty"]).all()
     other = build_tokenizer()
     other.add_tokens(["entirely-new"])
     other.save_pretrained(tmp_path / "proxy")
+    assert build_scorer(config).settings() != settings  # so that the cache does not serve another probe's scores
     with pytest.raises(ValueError, match="vocabulary of the training run"):
         score_dataset(None, generate_corpus(16), processing_class=tokenizer, config=config)
 

@@ -115,7 +115,7 @@ def test_plan_is_the_function_s(build):
 
 def test_levels_follow_difficulty(build):
     trainer = build()
-    assert np.bincount(trainer.levels).tolist() == [8, 8, 8]
+    assert np.bincount(trainer.levels).tolist() == [7, 8, 9]  # equal scores share a level
     for level in (0, 1):
         assert (
             trainer.difficulty[trainer.levels == level].max() < trainer.difficulty[trainer.levels == level + 1].min()
@@ -255,14 +255,16 @@ def test_plan_and_scores_are_on_disk(build):
     assert table["sample_id"] == list(range(24))
 
 
-def test_unlabelled_rows_are_dropped_and_ids_stay(build):
+def test_unlabelled_rows_are_dropped_counted_and_ids_stay(build, capsys):
     rows = [
         {"prompt": "apples " * 200, "completion": "1"},
         *generate_corpus(23).select_columns(["prompt", "completion"]),
     ]
     trainer = build(rows=Dataset.from_list(rows), args={"max_length": 150})
-    assert trainer.train_dataset["sample_id"][:] == list(range(1, 24))
+    assert trainer.sample_ids.tolist() == list(range(1, 24))
     assert len(trainer.levels) == 23
+    assert "Scored 23 rows" in (text := "".join(capsys.readouterr()))
+    assert "1 rows have no labelled token" in text
 
 
 def test_column_is_read_and_evaluation_rows_are_levelled_by_it(build):
@@ -281,6 +283,64 @@ def test_evaluation_data_without_the_column_means_no_matrix_and_a_word(build, ca
     assert "no level by stage matrix" in "".join(capsys.readouterr())
     assert trainer.evaluate_levels() == {}
     trainer.train()
+
+
+def test_column_keeps_double_precision(build):
+    scores = 1.0 + 1e-12 * np.arange(24)
+    trainer = build({"scorer": "column"}, rows=generate_corpus(24).add_column("difficulty", scores))
+    assert trainer.difficulty.tolist() == scores.tolist()
+
+
+def test_formatted_data_sets_and_ids_of_the_user_s_train(build):
+    rows = generate_corpus(24).add_column("sample_id", [f"id-{i}" for i in range(24)])
+    build(rows=rows.with_format("torch")).train()
+    table = pq.read_table("out/hf_curriculum/difficulty.parquet").to_pydict()
+    assert table["sample_id"] == [f"id-{i}" for i in range(24)]
+
+
+def test_early_stop_sums_up_what_was_measured(build):
+    class StopAfterFirstStage(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer = build(eval_rows=generate_corpus(9, seed=1), callbacks=[StopAfterFirstStage()])
+    trainer.train()
+    assert len(trainer.record.read("stage_end")) == 2
+    assert "eval_loss_bwt" in trainer.record.read("forgetting")[0]["metrics"]
+
+
+def test_metrics_that_are_no_numbers_stay_out_of_the_matrix():
+    from hf_curriculum.core.stages import Stage
+    from hf_curriculum.curriculum.evaluation import LevelMatrix
+
+    stages = [Stage(0, (0,), (0,), 0, 1, 4), Stage(1, (1,), (1,), 1, 2, 4)]
+    matrix = LevelMatrix(stages, 2)
+    for stage, (loss, wer, accuracy) in enumerate(((1.0, 0.5, 0.5), (3.0, 0.9, 0.1))):
+        values = {"loss": loss, "wer": wer, "accuracy": accuracy, "confusion": [[1]], "note": "x"}
+        matrix.add(stage, {f"eval_level_{level}_{name}": v for level in (0, 1) for name, v in values.items()})
+    assert matrix.metrics == ["loss", "accuracy", "wer"]
+    summary = matrix.forgetting()
+    # Everything got worse, whichever way it counts.
+    assert summary["eval_loss_bwt"] == -2.0
+    assert summary["eval_wer_bwt"] == pytest.approx(-0.4)
+    assert summary["eval_accuracy_bwt"] == pytest.approx(-0.4)
+
+
+def test_resuming_by_path_after_another_run_can_be_resumed_again(build, checkpoint):
+    build(args={"max_steps": 3}).train()
+    build(args={"save_steps": 2, "save_strategy": "steps"}).train(resume_from_checkpoint=checkpoint)
+    resumed = build()
+    resumed.train(resume_from_checkpoint=True)
+    assert [line["event"] for line in resumed.record.read()][:2] == ["run", "plan"]
+
+
+def test_probe_does_not_learn_from_evaluation_rows(build):
+    def difficulty(eval_rows):
+        settings = {"scorer": "self_paced", "probe": "full", "probe_batch_size": 8, "use_cache": False}
+        return build(settings, {"learning_rate": 1e-2}, eval_rows=eval_rows).difficulty
+
+    alone, beside = difficulty(None), difficulty(generate_corpus(60, seed=1))
+    np.testing.assert_allclose(beside, alone, atol=1e-6)
 
 
 def test_dictionary_of_evaluation_sets_is_levelled_together(build):
@@ -414,6 +474,9 @@ def test_data_without_a_plan_is_refused(build, rows, curriculum, error, told):
         ({"spl_weights": "soft"}, "Invalid `spl_weights`"),
         ({"num_levels": 0}, "Invalid `num_levels`: got 0"),
         ({"probe_rounds": 1}, "Invalid `probe_rounds`"),
+        ({"num_levels": 2.5}, "Invalid `num_levels`: got 2.5, expected an integer"),
+        ({"scorer": int}, "an object with `name`"),
+        ({"level_method": "thresholds", "level_thresholds": [float("nan"), 1.0]}, "2 increasing numbers"),
         ({"probe_epochs": 0.0}, "Invalid `probe_epochs`"),
         ({"probe_learning_rate": 0.0}, "Invalid `probe_learning_rate`"),
         ({"probe_batch_size": 0}, "Invalid `probe_batch_size`"),

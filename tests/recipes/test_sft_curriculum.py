@@ -143,6 +143,40 @@ def test_data_that_is_not_there_is_told(tmp_path, name, told):
         load_splits(ScriptArguments(dataset_name=name))
 
 
+def test_config_is_known_with_an_equals_sign(recipe):
+    assert recipe.split_config("--config=a=b.yaml") == ["--config", "a=b.yaml"]
+    assert recipe.split_config("--lr=1") == ["--lr=1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [(["--model_name_or_path", "x"], "both, or neither"), (["--dataset_name", "x"], "both, or neither")],
+)
+def test_model_and_data_are_named_together(recipe, args, told):
+    with pytest.raises(ValueError, match=told):
+        run(recipe, *args)
+
+
+def test_empty_file_and_greedy_hold_out_are_told(rows, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.jsonl, which is empty"):
+        load_splits(ScriptArguments(dataset_name=str(tmp_path / "empty.jsonl")))
+    with pytest.raises(ValueError, match="Invalid `eval_fraction`"):
+        hold_out(rows, 0.99, seed=0)
+
+
+def test_slice_of_a_saved_data_set_is_refused(rows, tmp_path):
+    rows.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="a saved data set has no splits"):
+        load_splits(ScriptArguments(dataset_name=str(tmp_path / "saved"), dataset_train_split="train[:5]"))
+
+
+def test_streaming_is_refused(rows, tmp_path):
+    rows.to_json(tmp_path / "data.jsonl")
+    with pytest.raises(NotImplementedError, match="`dataset_streaming` is not supported"):
+        load_splits(ScriptArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_streaming=True))
+
+
 def test_missing_saved_split_is_told(rows, tmp_path):
     rows.train_test_split(0.5).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="one of the saved splits: train, test"):
