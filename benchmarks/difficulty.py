@@ -17,7 +17,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from hf_curriculum import CurriculumConfig, score_dataset
-from hf_curriculum.curriculum.difficulty import spearman
+from hf_curriculum.core.ranks import spearman
 from hf_curriculum.demo import build_model, build_tokenizer, generate_corpus
 
 

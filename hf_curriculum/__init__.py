@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
+    from .analysis.attention import AttentionFocus
     from .analysis.forgetting import Forgetting
     from .curriculum.config import CurriculumConfig
     from .curriculum.dataset import score_dataset
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "AttentionFocus": "analysis.attention",
     "CurriculumConfig": "curriculum.config",
     "CurriculumMixin": "curriculum.mixin",
     "CurriculumPlan": "curriculum.plan",
@@ -34,6 +36,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "AttentionFocus",
     "CurriculumConfig",
     "CurriculumMixin",
     "CurriculumPlan",

@@ -25,8 +25,8 @@ from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, score_dataset
 from hf_curriculum.core.console import say, show_table
 from hf_curriculum.core.distributed import on_main_process
 from hf_curriculum.core.errors import invalid, unsupported
+from hf_curriculum.core.ranks import spearman
 from hf_curriculum.curriculum.dataset import check_dataset
-from hf_curriculum.curriculum.difficulty import spearman
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 from hf_curriculum.recipe import (

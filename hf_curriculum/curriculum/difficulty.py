@@ -12,7 +12,7 @@ from .scoring import ScoringInputs, check_row_losses, score_rows
 from .self_paced import SelfPacedScorer
 
 
-__all__ = ["ColumnScorer", "DifficultyScorer", "LengthScorer", "LossScorer", "build_scorer", "spearman"]
+__all__ = ["ColumnScorer", "DifficultyScorer", "LengthScorer", "LossScorer", "build_scorer"]
 
 
 @runtime_checkable
@@ -188,27 +188,3 @@ def build_scorer(config: CurriculumConfig) -> DifficultyScorer:
     if config.scorer == "length":
         return LengthScorer()
     return ColumnScorer(config.difficulty_column)
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """
-    Spearman's rank correlation, ties at their mean rank.
-
-    Args:
-        first (`np.ndarray` of shape `(N,)`):
-            Numbers.
-        second (`np.ndarray` of shape `(N,)`):
-            Numbers.
-
-    Returns:
-        `float` in [-1, 1]; NaN if either is constant.
-    """
-
-    def mean_ranks(values: np.ndarray) -> np.ndarray:
-        ordered = np.sort(values)
-        return np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")
-
-    ranks = [mean_ranks(np.asarray(values)) for values in (first, second)]
-    if any((rank == rank[0]).all() for rank in ranks):
-        return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

@@ -17,9 +17,10 @@ from transformers import TrainingArguments
 
 from ..core.console import say
 from ..core.errors import invalid, unsupported
+from ..core.ranks import spearman
 from .cache import cached_scores, default_cache_dir, fingerprint
 from .config import CurriculumConfig
-from .difficulty import DifficultyScorer, LossScorer, build_scorer, spearman
+from .difficulty import DifficultyScorer, LossScorer, build_scorer
 from .scoring import Batch, ScoringInputs
 from .self_paced import SelfPacedScorer
 

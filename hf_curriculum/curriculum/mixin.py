@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ..core.console import say, show_table
@@ -19,6 +18,7 @@ from ..core.files import write_atomic
 from ..core.run import RunMixin, bind_trainer_arguments
 from ..core.stages import Stage, StageDriver
 from .cache import fingerprint
+from .callback import LevelEvaluation
 from .checks import check_arguments, check_datasets
 from .config import CurriculumConfig
 from .dataset import add_sample_ids
@@ -93,7 +93,7 @@ class CurriculumMixin(RunMixin):
         self._check_plan()
         self._measure(num_dropped=len(given) - len(self.train_dataset))
         self._plan()
-        self.add_callback(_LevelEvaluation(self))
+        self.add_callback(LevelEvaluation(self))
         self.add_callback(StageDriver(self.curriculum_plan.stages, self.callback_handler))
 
     # Before training: difficulty, levels, plan
@@ -287,13 +287,13 @@ class CurriculumMixin(RunMixin):
             self._log_evaluation(metrics)
         return metrics
 
-    def _end_stage(self, stage: Stage) -> None:
+    def end_stage(self, stage: Stage) -> None:
         """Measures every level."""
         metrics = self.evaluate_levels()
         row = self._level_matrix.add(stage.index, metrics)
         self.record.append("stage_end", self.state.global_step, stage=stage.index, metrics=row)
 
-    def _sum_up(self) -> None:
+    def sum_up(self) -> None:
         """What was forgotten over the stages that were measured, all of them unless the run stopped early."""
         if self._eval_rows and self._level_matrix.measured:
             summary = self._level_matrix.forgetting()
@@ -352,7 +352,7 @@ class CurriculumMixin(RunMixin):
             )
         self._level_matrix.restore(state["curriculum"]["matrix"])
 
-    def _show_and_record(self) -> None:
+    def show_and_record(self) -> None:
         """Tables before the first step; plan and scores on disk."""
         eval_counts = [len(self._eval_rows.get(level, ())) for level in range(self.curriculum.num_levels)]
         levels = level_rows(
@@ -383,30 +383,3 @@ class CurriculumMixin(RunMixin):
         self.curriculum_plan.save(self.record.folder / "plan")
         table = pa.table({"sample_id": self.sample_ids, "difficulty": self.difficulty, "level": self.levels})
         write_atomic(self.record.folder / "difficulty.parquet", lambda file: pq.write_table(table, file))
-
-
-class _LevelEvaluation(TrainerCallback):
-    """Connects the trainer to its own stage events."""
-
-    def __init__(self, trainer: CurriculumMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._show_and_record()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._sum_up()
-
-    def on_stage_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
-    ) -> None:
-        """Nothing to do."""
-
-    def on_stage_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
-    ) -> None:
-        self.trainer._end_stage(stage)

@@ -14,8 +14,9 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from ..core.distributed import is_main_process, rank_and_world
 from ..core.errors import invalid
+from ..core.modes import evaluation_mode
 from ..core.order import draw_order, group_by_length
-from .scoring import ScoringInputs, autocast, collated, evaluation_mode, row_losses, token_budget_batches
+from .scoring import ScoringInputs, autocast, collated, row_losses, token_budget_batches
 
 
 __all__ = ["LORA_LEARNING_RATE", "LORA_RANK", "ProbeTraining", "open_probe"]

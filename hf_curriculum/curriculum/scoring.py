@@ -4,8 +4,7 @@ Per-row losses of tokenised rows, without full logits: the engine under every sc
 Shapes: N rows, B rows in a batch, S positions in a row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from ..core.distributed import is_main_process, rank_and_world, sum_over_ranks
 from ..core.errors import unsupported
 from ..core.head import causal_lm_head, gather_labelled, token_nll
+from ..core.modes import evaluation_mode
 
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "autocast",
     "check_row_losses",
     "collated",
-    "evaluation_mode",
     "row_losses",
     "score_rows",
     "token_budget_batches",
@@ -113,24 +112,6 @@ def token_budget_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndar
         batches.append(order[start : start + size])
         start += size
     return batches
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """
-    Puts a model into evaluation mode and restores the mode of every module afterwards.
-
-    Args:
-        model (`nn.Module`):
-            The model.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def row_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,8 +5,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from hf_curriculum import CurriculumConfig, score_dataset
+from hf_curriculum.core.ranks import spearman
 from hf_curriculum.curriculum.dataset import _Preparation
-from hf_curriculum.curriculum.difficulty import spearman
 from hf_curriculum.curriculum.scoring import token_budget_batches
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer

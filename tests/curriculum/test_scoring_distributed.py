@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_curriculum.curriculum.difficulty import spearman
+from hf_curriculum.core.ranks import spearman
 
 
 WORKER = Path(__file__).with_name("scoring_worker.py")
