@@ -108,6 +108,17 @@ def test_loss_scores_equal_the_naive_loop(tokenizer, normalization):
     np.testing.assert_allclose(scored["difficulty"], expected, rtol=1e-5)
 
 
+def test_scores_are_measured_in_the_precision_of_the_run(tokenizer):
+    def scores(bf16):
+        args = SFTConfig(use_cpu=True, bf16=bf16, gradient_checkpointing=False, report_to="none")
+        config = CurriculumConfig(use_cache=False)
+        scored = score_dataset(build_model(tokenizer), generate_corpus(6), "loss", tokenizer, args, config=config)
+        return np.array(scored["difficulty"])
+
+    assert (scores(True) != scores(False)).any()
+    np.testing.assert_allclose(scores(True), scores(False), rtol=2e-2)
+
+
 def test_length_scores_are_token_counts(tokenizer):
     rows = generate_corpus(20, seed=1)
     scored = score_dataset(None, rows, scorer="length", processing_class=tokenizer, args=None)
