@@ -146,7 +146,7 @@ class ColumnScorer:
             pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)
         ):
             raise invalid(f"column {self.column}", str(column.type), "numbers, one per row")
-        values = column.cast(pa.float64()).to_numpy()
+        values = column.cast(pa.float64(), safe=False).to_numpy()  # integers beyond 2^53 are rounded
         missing = np.flatnonzero(~np.isfinite(values))
         if len(missing):
             first = inputs.rows[int(missing[0])].get("sample_id", int(missing[0]))

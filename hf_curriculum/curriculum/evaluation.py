@@ -20,12 +20,12 @@ def level_name(level: int) -> str:
 
 
 # Last words of metric names whose values are better when lower; all others are taken to be better when higher.
-FALLING = {"loss", "perplexity", "ppl", "wer", "cer", "mse", "rmse", "mae", "error", "rate", "ece", "brier"}
+FALLING = {"loss", "perplexity", "ppl", "wer", "cer", "mse", "rmse", "mae", "error", "ece", "brier"}
 
 
 def is_loss(metric: str) -> bool:
-    """Whether a lower value of the metric is better, told from the last word of its name (`eval_wer`, `val_loss`)."""
-    return metric.rpartition("_")[2] in FALLING
+    """Whether a lower value of the metric is better, told from the end of its name (`wer`, `val_loss`)."""
+    return metric.rpartition("_")[2] in FALLING or metric.endswith("error_rate")
 
 
 class LevelMatrix:

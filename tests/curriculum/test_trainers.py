@@ -326,6 +326,16 @@ def test_metrics_that_are_no_numbers_stay_out_of_the_matrix():
     assert summary["eval_accuracy_bwt"] == pytest.approx(-0.4)
 
 
+@pytest.mark.parametrize(
+    ("metric", "falls"),
+    [("loss", True), ("wer", True), ("word_error_rate", True), ("accuracy", False), ("success_rate", False)],
+)
+def test_direction_of_a_metric_is_told_from_its_name(metric, falls):
+    from hf_curriculum.curriculum.evaluation import is_loss
+
+    assert is_loss(metric) is falls
+
+
 def test_resuming_by_path_after_another_run_can_be_resumed_again(build, checkpoint):
     build(args={"max_steps": 3}).train()
     build(args={"save_steps": 2, "save_strategy": "steps"}).train(resume_from_checkpoint=checkpoint)
