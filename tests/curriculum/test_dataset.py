@@ -217,6 +217,16 @@ def test_gpt2_which_names_no_loss_is_scored(tokenizer):
     np.testing.assert_allclose(scored["difficulty"], naive_losses(model.eval(), tokenizer, rows, "token"), rtol=1e-5)
 
 
+def test_model_in_bfloat16_is_scored(tokenizer):
+    config = CurriculumConfig(use_cache=False)
+    rows = generate_corpus(6)
+    exact, rounded = (
+        np.array(score_dataset(build_model(tokenizer).to(dtype), rows, "loss", tokenizer, config=config)["difficulty"])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    np.testing.assert_allclose(rounded, exact, rtol=2e-2)
+
+
 def test_head_that_is_more_than_a_projection_is_refused(tokenizer):
     from transformers import RobertaConfig, RobertaForCausalLM
 
