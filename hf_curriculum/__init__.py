@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .curriculum.mixin import CurriculumMixin
     from .curriculum.plan import CurriculumPlan, build_plan
     from .curriculum.sampler import CurriculumSampler
-    from .trainers import CurriculumSFTTrainer, CurriculumTrainer
+    from .distillation.config import DistillationConfig
+    from .distillation.mixin import DistillationMixin
+    from .trainers import CurriculumSFTTrainer, CurriculumTrainer, KDSFTTrainer, KDTrainer
 
 __version__ = "0.1.0"
 
@@ -29,7 +31,11 @@ _ROOMS = {
     "CurriculumSFTTrainer": "trainers",
     "CurriculumSampler": "curriculum.sampler",
     "CurriculumTrainer": "trainers",
+    "DistillationConfig": "distillation.config",
+    "DistillationMixin": "distillation.mixin",
     "Forgetting": "analysis.forgetting",
+    "KDSFTTrainer": "trainers",
+    "KDTrainer": "trainers",
     "assign_levels": "curriculum.levels",
     "build_plan": "curriculum.plan",
     "score_dataset": "curriculum.dataset",
@@ -43,7 +49,11 @@ __all__ = [
     "CurriculumSFTTrainer",
     "CurriculumSampler",
     "CurriculumTrainer",
+    "DistillationConfig",
+    "DistillationMixin",
     "Forgetting",
+    "KDSFTTrainer",
+    "KDTrainer",
     "__version__",
     "assign_levels",
     "build_plan",

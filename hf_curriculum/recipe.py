@@ -3,7 +3,7 @@
 import os
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,13 @@ def prefixed_arguments(config: type, prefix: str) -> type:
         if item.default is MISSING:
             raise invalid(f"{config.__name__}.{item.name}", "no default", "a field with a default")
         kind = item.metadata.get("cli_type", hints[item.name])
-        made.append((prefix + item.name, kind, field(default=item.default, metadata={"help": item.metadata["help"]})))
+        described: dict[str, Any] = {"metadata": {"help": item.metadata["help"]}}
+        if get_origin(kind) is list:
+            # The parser reads the default of a list from a factory alone.
+            described["default_factory"] = lambda value=item.default: value
+        else:
+            described["default"] = item.default
+        made.append((prefix + item.name, kind, field(**described)))
     return make_dataclass(f"{config.__name__}Arguments", made)
 
 

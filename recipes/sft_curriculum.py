@@ -1,5 +1,5 @@
 """
-Supervised fine-tuning in order of difficulty.
+Supervised fine-tuning in order of difficulty, without forgetting what came first.
 
     accelerate launch recipes/sft_curriculum.py            # the embedded demo: no download, minutes on CPU
     accelerate launch recipes/sft_curriculum.py --config recipes/configs/sft_curriculum/gsm8k_lora.yaml
@@ -7,10 +7,12 @@ Supervised fine-tuning in order of difficulty.
         --prompt_column question --completion_column answer --output_dir out
 
 Arguments are TRL's (`ScriptArguments`, `SFTConfig`, `ModelConfig`), those of `DataArguments`, and every field of
-`CurriculumConfig` with `curriculum_` before it. A YAML file sets defaults, the command line wins, an unknown name is
-an error. A new run refuses a folder with checkpoints of an earlier one; without checkpoints the folder is used again.
+`CurriculumConfig` with `curriculum_` and of `DistillationConfig` with `distillation_` before it. A YAML file sets
+defaults, the command line wins, an unknown name is an error. A new run refuses a folder with checkpoints of an earlier
+one; without checkpoints the folder is used again.
 """
 
+import copy
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, score_dataset
+from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, DistillationConfig, score_dataset
 from hf_curriculum.core.console import say, show_table
 from hf_curriculum.core.distributed import on_main_process
 from hf_curriculum.core.errors import invalid, unsupported
@@ -58,14 +60,23 @@ class RunArguments:
             "--curriculum_scorer column` then trains on it, under ZeRO-3 too."
         },
     )
+    distillation_compare: bool = field(
+        default=False,
+        metadata={
+            "help": "Train without the teacher first, in `<output_dir>/without_teacher`, and show both in one table."
+        },
+    )
 
 
 def make_parser() -> TrlParser:
     """Builds the parser."""
     curriculum = prefixed_arguments(CurriculumConfig, "curriculum_")
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments, curriculum))
+    distillation = prefixed_arguments(DistillationConfig, "distillation_")
+    parser = TrlParser(
+        (ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments, curriculum, distillation)
+    )
     set_cpu_defaults(parser)
-    parser.set_defaults(output_dir="outputs/sft_curriculum")
+    parser.set_defaults(output_dir="outputs/sft_curriculum", distillation_teacher="none")
     return parser
 
 
@@ -156,6 +167,35 @@ def show_grades(trainer: CurriculumSFTTrainer) -> None:
     )
 
 
+def show_teacher_effect(without: CurriculumSFTTrainer, trainer: CurriculumSFTTrainer) -> None:
+    """Holds the losses of every level at the end of the run against those without the teacher."""
+    levels = range(trainer.curriculum.num_levels)
+    rows: list[list[object]] = []
+    for name, measured in (("without teacher", without.level_matrix), ("with teacher", trainer.level_matrix)):
+        summary = measured.forgetting()
+        rows.append(
+            [name, *measured.matrix("loss")[-1].tolist(), summary["eval_loss_acc"], summary.get("eval_loss_bwt")]
+        )
+    show_table(
+        "Loss by level at the end: what the teacher changed",
+        ("", *(f"level {level}" for level in levels), "ACC (mean)", "BWT (< 0: forgotten)"),
+        rows,
+    )
+
+
+def check_comparison(training: SFTConfig, distillation: DistillationConfig) -> None:
+    """Refuses a comparison that cannot be made."""
+    if not distillation.enabled:
+        raise invalid("distillation_compare", True, "False without a teacher", "Set `--distillation_teacher`.")
+    if resume_argument(training):
+        raise invalid(
+            "distillation_compare",
+            True,
+            "False in a resumed run",
+            "The run without the teacher is that of the interrupted one: see its record in `without_teacher`.",
+        )
+
+
 def main(
     script: ScriptArguments,
     training: SFTConfig,
@@ -163,6 +203,7 @@ def main(
     data: DataArguments,
     run: RunArguments,
     curriculum: CurriculumConfig,
+    distillation: DistillationConfig,
 ) -> None:
     """Scores, trains, reports, saves."""
     if (script.dataset_name is None) != (model_args.model_name_or_path is None):
@@ -177,6 +218,8 @@ def main(
             "scores are measured on the model as `--dtype` loads it",
             "Leave the quantization out of the scoring run.",
         )
+    if run.distillation_compare:
+        check_comparison(training, distillation)
     set_cpu_threads(training, data.cpu_threads)
     check_output_dir(training)
     model, tokenizer = load_model(model_args, training)
@@ -184,17 +227,33 @@ def main(
     if run.curriculum_score_only:
         score_only(model, tokenizer, train, test, data, training, curriculum)
         return
-    trainer = CurriculumSFTTrainer(
-        model=model,
-        args=training,
-        train_dataset=to_prompt_completion(train, data, tokenizer),
-        eval_dataset=None if test is None else to_prompt_completion(test, data, tokenizer),
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        curriculum=curriculum,
-    )
+    train, test = (None if rows is None else to_prompt_completion(rows, data, tokenizer) for rows in (train, test))
+
+    def build_trainer(teacher: DistillationConfig, output_dir: str) -> CurriculumSFTTrainer:
+        args = copy.copy(training)
+        args.output_dir = output_dir
+        return CurriculumSFTTrainer(
+            model=model if isinstance(model, str) else copy.deepcopy(model),
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+            curriculum=curriculum,
+            distillation=teacher,
+        )
+
+    without = None
+    if run.distillation_compare:
+        without = build_trainer(DistillationConfig(teacher="none"), f"{training.output_dir}/without_teacher")
+        say("First without the teacher:")
+        without.train()
+        say("Now with the teacher:")
+    trainer = build_trainer(distillation, training.output_dir)
     trainer.train(resume_from_checkpoint=resume_argument(training))
+    if without is not None:
+        show_teacher_effect(without, trainer)
     if script.dataset_name is None:
         show_grades(trainer)
     trainer.save_model(training.output_dir)
@@ -209,6 +268,10 @@ if __name__ == "__main__":
     command_line = [word for argument in sys.argv[1:] for word in split_config(argument)]
     if not {"--config", "--dataset_name", "--dataset-name"} & {argument.split("=")[0] for argument in command_line}:
         command_line = ["--config", str(DEMO_CONFIG), *command_line]
-    *parsed, curriculum_arguments = make_parser().parse_args_and_config(command_line)
-    main(*parsed, config_from_arguments(CurriculumConfig, "curriculum_", curriculum_arguments))
+    *parsed, curriculum_arguments, distillation_arguments = make_parser().parse_args_and_config(command_line)
+    main(
+        *parsed,
+        config_from_arguments(CurriculumConfig, "curriculum_", curriculum_arguments),
+        config_from_arguments(DistillationConfig, "distillation_", distillation_arguments),
+    )
     end_processes()

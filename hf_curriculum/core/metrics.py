@@ -1,4 +1,4 @@
-"""Arithmetic of accuracy, backward transfer and forgetting on a stage x level matrix."""
+"""Arithmetic of accuracy, backward transfer and forgetting on a stage x level matrix, and of gains between tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import numpy.typing as npt
 from .errors import invalid
 
 
-__all__ = ["ForgettingSummary", "accuracy_mean", "backward_transfer", "forgetting_per_level", "forgetting_summary"]
+__all__ = [
+    "ForgettingSummary",
+    "SeesawSummary",
+    "accuracy_mean",
+    "backward_transfer",
+    "forgetting_per_level",
+    "forgetting_summary",
+    "seesaw_summary",
+]
 
 # Shape `(S, L)`: row s holds the scores measured at the end of stage s, column l those of level l.
 Matrix: TypeAlias = Sequence[Sequence[float]] | npt.NDArray[np.float64]
@@ -36,6 +44,94 @@ class ForgettingSummary:
     acc: float
     bwt: float | None
     forgetting: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SeesawSummary:
+    """
+    What training tasks together did to each of them.
+
+    Args:
+        changes (`tuple[float, ...]`):
+            Of each task, in the unit of its score: positive = better than alone, for a loss as for an accuracy.
+        mean (`float`):
+            Mean of the changes.
+        relative_mean (`float`):
+            Mean of the changes as shares of the baselines' sizes. NaN if a baseline is 0.
+        gained (`tuple[int, ...]`):
+            Positions of the tasks that are better than alone by more than the tolerance.
+        lost (`tuple[int, ...]`):
+            Positions of those that are worse by more than it.
+        worst (`int`):
+            Position of the smallest change, the first of equal ones.
+    """
+
+    changes: tuple[float, ...]
+    mean: float
+    relative_mean: float
+    gained: tuple[int, ...]
+    lost: tuple[int, ...]
+    worst: int
+
+
+def seesaw_summary(
+    scores: Sequence[float],
+    baselines: Sequence[float],
+    higher_is_better: bool | Sequence[bool] = True,
+    tolerance: float = 0.0,
+) -> SeesawSummary:
+    r"""
+    Compares each task's score with the one it has when trained alone.
+
+    The name is of the effect that some tasks gain while others lose (Tang et al., PLE, RecSys 2020). The relative mean
+    is `Delta_m = 1/T sum_t (-1)^{l_t} (M_t - B_t) / B_t` of Maninis et al. (arXiv 1904.08918, eq. 4), with `l_t = 1`
+    for a loss; deviation: the size of `B_t` divides, so that scores below 0 keep their direction.
+
+    Args:
+        scores (`Sequence[float]` of length T):
+            Of the tasks trained together.
+        baselines (`Sequence[float]` of length T):
+            Of each task trained alone.
+        higher_is_better (`bool` or `Sequence[bool]` of length T, *optional*, defaults to `True`):
+            Direction of the scores: True for an accuracy, False for a loss.
+        tolerance (`float`, *optional*, defaults to `0.0`):
+            A change of at most this size is neither gain nor loss, the spread over seeds say; at least 0.
+
+    Returns:
+        [`SeesawSummary`]
+
+    Raises:
+        `ValueError`: for no tasks, different numbers of them, scores that are not finite, or a negative tolerance.
+
+    Example:
+
+    ```python
+    >>> from hf_curriculum.core.metrics import seesaw_summary
+
+    >>> seesaw_summary([0.75, 0.5], [0.5, 0.625]).changes
+    (0.25, -0.125)
+    ```
+    """
+    ours, alone = np.asarray(scores, dtype=np.float64), np.asarray(baselines, dtype=np.float64)
+    for name, values in (("scores", ours), ("baselines", alone)):
+        if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+            raise invalid(name, values.tolist(), "one finite score for each of at least one task")
+    rising = np.atleast_1d(np.asarray(higher_is_better, dtype=bool))
+    if len(ours) != len(alone) or len(rising) not in (1, len(ours)):
+        raise invalid("baselines", f"{len(alone)} scores", f"{len(ours)}, as many as there are tasks")
+    if not 0 <= tolerance < float("inf"):
+        raise invalid("tolerance", tolerance, "a float >= 0")
+    changes = np.where(rising, ours - alone, alone - ours)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = float(np.mean(changes / np.abs(alone)))
+    return SeesawSummary(
+        changes=tuple(float(change) for change in changes),
+        mean=float(changes.mean()),
+        relative_mean=relative if np.isfinite(relative) else float("nan"),
+        gained=tuple(int(task) for task in np.flatnonzero(changes > tolerance)),
+        lost=tuple(int(task) for task in np.flatnonzero(changes < -tolerance)),
+        worst=int(np.argmin(changes)),
+    )
 
 
 def accuracy_mean(matrix: Matrix) -> float:

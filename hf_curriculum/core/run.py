@@ -1,16 +1,19 @@
 """What all our trainers share: the launch check, the run record, and checkpoints that can be resumed exactly."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .console import say
 from .distributed import check_launch, on_main_process
 from .errors import invalid, unsupported
 from .records import RunRecord
+from .stages import Stage
 from .state import (
     incompleteness,
     invalidate_checkpoint,
@@ -63,8 +66,9 @@ class RunMixin(Trainer):
     Base of our trainer mixins, to stand before a [`~transformers.Trainer`] class in the list of bases.
 
     It refuses launches whose processes do not know of one another, keeps the run record, closes every checkpoint with
-    a manifest, and resumes from complete checkpoints only. Mixins on top of it extend [`_run_state`] and
-    [`_restore_run_state`], always calling `super()`.
+    a manifest, and resumes from complete checkpoints only. Mixins on top of it extend [`_check_model`],
+    [`_check_stages`], [`_run_state`], [`_restore_run_state`] and [`_write_run_files`], always calling `super()`; a
+    mixin whose runs have stages overrides [`stages`] and [`stage_rows`].
 
     Attributes:
         record ([`~hf_curriculum.core.records.RunRecord`]):
@@ -81,6 +85,36 @@ class RunMixin(Trainer):
         check_launch(self.accelerator)
         self.record = RunRecord(str(self.args.output_dir), enabled=self.is_world_process_zero())
         self._run_id = ""
+        self._resumed_from: Path | None = None
+        self._check_model()
+
+    def _check_model(self) -> None:
+        """Refuses, or makes ready, what the Trainer was built with, before anything is measured on it."""
+
+    def _check_stages(self, stages: Sequence[Stage]) -> None:
+        """Refuses a run with these stages. Called once before anything is measured, if there will be stages."""
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the run, in order; none where the run has no stages."""
+        return ()
+
+    def stage_rows(self, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Rows of one stage.
+
+        Args:
+            stage ([`~hf_curriculum.core.stages.Stage`]):
+                One of `stages`.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`, int64, sorted: the rows of `train_dataset` that the steps of the stage
+            draw, and those of them that are replayed from earlier stages.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no stages.")
+
+    def _write_run_files(self, folder: Path) -> None:
+        """Writes what a checkpoint must hold beside JSON values. Called on every rank, before [`_run_state`]."""
 
     def _run_state(self) -> dict[str, Any]:
         """JSON values that a checkpoint must hold, one key per method. Called on every rank."""
@@ -147,7 +181,7 @@ class RunMixin(Trainer):
                 "a trial changes arguments that the plan was built from",
                 "Build one trainer per trial.",
             )
-        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
         if checkpoint is None:
             self._restore_run_state(None)
             self.record.start(self._run_id)
@@ -196,6 +230,7 @@ class RunMixin(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         # The last thing the Trainer writes before `trainer_state.json`, and it does so on every rank.
         super()._save_rng_state(output_dir)
+        self._write_run_files(Path(output_dir))
         state = self._run_state()
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

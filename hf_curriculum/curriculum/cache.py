@@ -8,8 +8,6 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import xxhash
 from datasets import Dataset
@@ -22,6 +20,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from ..core.distributed import on_main_process
 from ..core.errors import invalid
 from ..core.files import write_atomic
+from ..core.fingerprint import update_with_rows
 
 
 __all__ = ["cached_scores", "default_cache_dir", "fingerprint"]
@@ -58,10 +57,7 @@ def fingerprint(rows: Dataset, trainable: np.ndarray, model: nn.Module | None, s
     digest = xxhash.xxh3_128()
     digest.update(json.dumps({"version": SCORES_VERSION, **settings}, sort_keys=True, default=str).encode())
     digest.update(np.packbits(trainable).tobytes())
-    for table in rows.with_format("arrow").iter(batch_size=10_000):
-        for name in sorted(table.column_names):
-            digest.update(name.encode())
-            _update(digest, pa.concat_arrays(table.column(name).chunks))
+    update_with_rows(digest, rows)
     if model is not None:
         digest.update(_describe(model).encode())
         for name, tensor in sorted(model.state_dict().items()):
@@ -85,17 +81,6 @@ def _describe(model: nn.Module) -> str:
     return json.dumps(
         described, sort_keys=True, default=lambda item: sorted(map(str, item)) if isinstance(item, set) else str(item)
     )
-
-
-def _update(digest: "xxhash.xxh3_128", array: pa.Array) -> None:
-    """Adds an Arrow array by value: its buffers differ between a slice and a copy of the same values."""
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        digest.update(pc.list_value_length(array).to_numpy(zero_copy_only=False).tobytes())
-        _update(digest, array.flatten())
-    elif pa.types.is_primitive(array.type) and array.null_count == 0:
-        digest.update(array.to_numpy(zero_copy_only=False).tobytes())
-    else:
-        digest.update(repr(array.to_pylist()).encode())
 
 
 def cached_scores(path: Path, num_rows: int, compute: Callable[[], np.ndarray]) -> np.ndarray:

@@ -11,7 +11,7 @@ from ..core.metrics import forgetting_summary
 from ..core.stages import Stage
 
 
-__all__ = ["LevelMatrix", "is_loss", "level_name"]
+__all__ = ["LevelMatrix", "is_distance", "is_loss", "level_name"]
 
 
 def level_name(level: int) -> str:
@@ -26,6 +26,11 @@ FALLING = {"loss", "perplexity", "ppl", "wer", "cer", "mse", "rmse", "mae", "err
 def is_loss(metric: str) -> bool:
     """Whether a lower value of the metric is better, told from the end of its name (`wer`, `val_loss`)."""
     return metric.rpartition("_")[2] in FALLING or metric.endswith("error_rate")
+
+
+def is_distance(metric: str) -> bool:
+    """Whether the metric says how far two models are apart (`kl_to_previous_stage`): nothing to be forgotten."""
+    return metric.startswith("kl_")
 
 
 class LevelMatrix:
@@ -110,6 +115,8 @@ class LevelMatrix:
         """
         found: dict[str, float] = {}
         for metric in self.metrics:
+            if is_distance(metric):
+                continue
             summary = forgetting_summary(self.matrix(metric), self.introduced_at, higher_is_better=not is_loss(metric))
             values = {"acc": summary.acc, "bwt": summary.bwt}
             values |= {f"forgetting_{level_name(i)}": value for i, value in enumerate(summary.forgetting)}
@@ -119,23 +126,22 @@ class LevelMatrix:
         return found
 
     def show(self) -> None:
-        """Prints the matrix of every metric, with ACC, BWT and forgetting below."""
+        """Prints the matrix of every metric, with ACC, BWT and forgetting where something can be forgotten."""
         for metric in self.metrics:
             values = self.matrix(metric)
-            better = "lower is better" if is_loss(metric) else "higher is better"
-            summary = forgetting_summary(values, self.introduced_at, higher_is_better=not is_loss(metric))
             rows: list[list[object]] = [
                 [f"after stage {stage.index}", *map(float, row), float(np.nanmean(row))]
                 for stage, row in zip(self.measured, values, strict=True)
                 if not np.isnan(row).all()
             ]
-            rows.append(["forgetting (> 0: forgotten)", *map(float, summary.forgetting), None])
-            show_table(
-                f"eval_{metric} by level ({better}); ACC {summary.acc:.4g}"
-                + ("" if summary.bwt is None else f", BWT {summary.bwt:+.4g} (< 0: forgotten)"),
-                ["", *(f"level {level}" for level in range(self.num_levels)), "mean"],
-                rows,
-            )
+            title = f"eval_{metric} by level"
+            if not is_distance(metric):
+                better = "lower is better" if is_loss(metric) else "higher is better"
+                summary = forgetting_summary(values, self.introduced_at, higher_is_better=not is_loss(metric))
+                rows.append(["forgetting (> 0: forgotten)", *map(float, summary.forgetting), None])
+                title += f" ({better}); ACC {summary.acc:.4g}"
+                title += "" if summary.bwt is None else f", BWT {summary.bwt:+.4g} (< 0: forgotten)"
+            show_table(title, ["", *(f"level {level}" for level in range(self.num_levels)), "mean"], rows)
 
     def state(self) -> dict[str, Any]:
         """JSON values to put into a checkpoint."""

@@ -1,6 +1,7 @@
 """The adapter between the curriculum and a Trainer. It holds no arithmetic."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class CurriculumMixin(RunMixin):
             Their levels, 0 the easiest.
         sample_ids (`np.ndarray` of shape `(N,)`):
             Their ids: the column `sample_id` of the user's data if its values are unique, else row numbers there.
+        level_matrix ([`~hf_curriculum.curriculum.evaluation.LevelMatrix`]):
+            Metrics of every level at the end of every stage so far.
 
     Raises:
         `ValueError`: before any training step, for data or arguments that do not make a plan.
@@ -102,7 +105,8 @@ class CurriculumMixin(RunMixin):
         """Refuses what makes no plan whatever the scores, before hours are spent on them."""
         rows = len(self.train_dataset)
         if rows >= self.curriculum.num_levels:
-            self._build_plan(np.arange(rows) * self.curriculum.num_levels // rows, np.ones(rows, dtype=np.int64))
+            levels = np.arange(rows) * self.curriculum.num_levels // rows
+            self._check_stages(self._build_plan(levels, np.ones(rows, dtype=np.int64)).stages)
 
     def _measure(self, num_dropped: int) -> None:
         """Scores training and evaluation rows, and cuts them into levels."""
@@ -189,7 +193,7 @@ class CurriculumMixin(RunMixin):
         self._num_train_epochs = self.args.num_train_epochs
         self.curriculum_plan = self._build_plan(self.levels, self._lengths)
         self.args.num_train_epochs = 1.0
-        self._level_matrix = LevelMatrix(self.curriculum_plan.stages, self.curriculum.num_levels)
+        self.level_matrix = LevelMatrix(self.curriculum_plan.stages, self.curriculum.num_levels)
         self._data_fingerprint = self._fingerprint_data()
 
     def _build_plan(self, levels: np.ndarray, lengths: np.ndarray) -> CurriculumPlan:
@@ -208,6 +212,17 @@ class CurriculumMixin(RunMixin):
         return fingerprint(rows, np.ones(len(rows), dtype=bool), None, {})
 
     # Training
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the plan."""
+        return self.curriculum_plan.stages
+
+    def stage_rows(self, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that a stage draws, and those of them that are replayed. See the base class."""
+        plan = self.curriculum_plan
+        drawn = slice(stage.first_step * plan.global_batch_size, stage.end_step * plan.global_batch_size)
+        return np.unique(plan.indices[drawn]), np.unique(plan.indices[drawn][plan.replayed[drawn]])
 
     def train(
         self,
@@ -290,16 +305,16 @@ class CurriculumMixin(RunMixin):
     def end_stage(self, stage: Stage) -> None:
         """Measures every level."""
         metrics = self.evaluate_levels()
-        row = self._level_matrix.add(stage.index, metrics)
+        row = self.level_matrix.add(stage.index, metrics)
         self.record.append("stage_end", self.state.global_step, stage=stage.index, metrics=row)
 
     def sum_up(self) -> None:
         """What was forgotten over the stages that were measured, all of them unless the run stopped early."""
-        if self._eval_rows and self._level_matrix.measured:
-            summary = self._level_matrix.forgetting()
+        if self._eval_rows and self.level_matrix.measured:
+            summary = self.level_matrix.forgetting()
             self.record.append("forgetting", self.state.global_step, metrics=summary)
             self._log_evaluation(summary)
-            self._level_matrix.show()
+            self.level_matrix.show()
 
     def _log_evaluation(self, metrics: dict[str, float]) -> None:
         """
@@ -330,13 +345,13 @@ class CurriculumMixin(RunMixin):
     def _run_state(self) -> dict[str, Any]:
         return {
             **super()._run_state(),
-            "curriculum": {"identity": self._identity(), "matrix": self._level_matrix.state()},
+            "curriculum": {"identity": self._identity(), "matrix": self.level_matrix.state()},
         }
 
     def _restore_run_state(self, state: dict[str, Any] | None) -> None:
         super()._restore_run_state(state)
         if state is None:
-            self._level_matrix.restore(None)
+            self.level_matrix.restore(None)
             return
         saved, ours = state["curriculum"]["identity"], self._identity()
         if saved != ours:
@@ -350,7 +365,7 @@ class CurriculumMixin(RunMixin):
                 "With the same arguments but other scores, train on the scores of that run: they are in "
                 "hf_curriculum/difficulty.parquet beside its checkpoints, for `scorer='column'`.",
             )
-        self._level_matrix.restore(state["curriculum"]["matrix"])
+        self.level_matrix.restore(state["curriculum"]["matrix"])
 
     def show_and_record(self) -> None:
         """Tables before the first step; plan and scores on disk."""

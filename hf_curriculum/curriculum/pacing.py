@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import floor
 from typing import TypeAlias
 
@@ -14,13 +14,15 @@ from ..core.errors import invalid
 from ..core.order import draw_order, mix_streams, repeat_order, seeded_order
 
 
-__all__ = ["StageContent", "count_levels", "plan_steps", "stage_contents", "stage_sizes"]
+__all__ = ["StageContent", "count_levels", "plan_steps", "spread_groups", "stage_contents", "stage_sizes"]
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 # What a seeded order is for, second in its key: no two orders of a run are correlated.
 _ROWS, _REPLAY, _MIX, _DEAL = range(4)
+# After those of `plan.py`.
+_SPREAD = 6
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def plan_steps(
         [`StageContent`].
 
     Raises:
-        `ValueError`: if a stage gets no step of its own.
+        `ValueError`: for numbers out of range, or if a stage gets no step of its own.
 
     Example:
 
@@ -177,6 +179,13 @@ def plan_steps(
     (1.0, [2, 2])
     ```
     """
+    for name, value, valid, expected in (
+        ("global_batch_size", global_batch_size, global_batch_size >= 1, "an integer >= 1"),
+        ("num_train_epochs", num_train_epochs, 0 < num_train_epochs < float("inf"), "a float > 0"),
+        ("max_steps", max_steps, max_steps > 0 or max_steps == -1, "an integer >= 1, or -1 for all of the plan"),
+    ):
+        if not valid:
+            raise invalid(name, value, expected)
     num_stages = len(level_counts)
 
     def sizes(multiple: int) -> list[int]:
@@ -291,6 +300,47 @@ def stage_contents(
         follows = pacing != "random_levels"
         trained = everything[: stage + 1] if pacing == "cumulative" else (level,) if follows else everything
         yield StageContent(trained, (level,) if follows else (), rows, source == len(streams))
+
+
+def spread_groups(contents: Iterable[StageContent], groups: IntArray, seed: int = 0) -> Iterator[StageContent]:
+    """
+    Spreads the groups of each stage evenly over it.
+
+    The k-th of the `n_g` rows that group g has in the stage goes to `(k + 1/2) / n_g` of its length, equal places in a
+    seeded order. So in the first m of n rows group g has `m * n_g / n` to within `1/2 + G/2 * n_g/n` rows, of G groups
+    in the stage. The order inside each group stays, and with it the passes of its rows.
+
+    Args:
+        contents (`Iterable[StageContent]`):
+            The stages.
+        groups (`np.ndarray` of shape `(N,)` and dtype `int64`):
+            Group of each row of the data set.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order of equal places.
+
+    Returns:
+        `Iterator[StageContent]`: the same rows in the new order.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_curriculum.curriculum.pacing import StageContent, spread_groups
+
+    >>> stage = StageContent((0,), (0,), np.arange(6), np.zeros(6, dtype=bool))
+    >>> groups = np.array([0, 0, 0, 0, 1, 1])
+    >>> groups[next(spread_groups([stage], groups)).rows].tolist()
+    [0, 1, 0, 0, 1, 0]
+    ```
+    """
+    for stage, content in enumerate(contents):
+        own, counts = np.unique(groups[content.rows], return_inverse=True, return_counts=True)[1:]
+        # A stable sort by group gives each row its place among those of its group.
+        by_group = np.argsort(own, kind="stable")
+        place = np.empty(len(own), dtype=np.int64)
+        place[by_group] = np.arange(len(own)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = np.lexsort((seeded_order(len(own), seed, _SPREAD, stage), (place + 0.5) / counts[own]))
+        yield replace(content, rows=content.rows[order], replayed=content.replayed[order])
 
 
 def _staged_streams(levels: IntArray, order: Sequence[int], epochs: float, seed: int) -> Iterator[list[IntArray]]:

@@ -20,7 +20,7 @@ from ..core.files import write_atomic
 from ..core.order import draw_order, group_by_length
 from ..core.stages import Stage
 from .config import CurriculumConfig
-from .pacing import StageContent, count_levels, plan_steps, stage_contents
+from .pacing import StageContent, count_levels, plan_steps, spread_groups, stage_contents
 
 
 __all__ = ["CurriculumPlan", "build_plan"]
@@ -219,6 +219,7 @@ def build_plan(
     max_steps: int = -1,
     seed: int = 0,
     lengths: Sequence[int] | IntArray | None = None,
+    groups: Sequence[int] | IntArray | None = None,
 ) -> CurriculumPlan:
     """
     Fixes the order of a whole run.
@@ -243,6 +244,9 @@ def build_plan(
             Seed of all orders.
         lengths (`Sequence[int]` or `np.ndarray` of shape `(N,)`, *optional*):
             Tokens of each row. Needed, and read, if `config.group_by_length`.
+        groups (`Sequence[int]` or `np.ndarray` of shape `(N,)`, *optional*):
+            Group of each row, its task say: every stretch of a stage then holds the groups in their share of it, for
+            levels inside tasks. For a curriculum over tasks, give the place of its task as the level of each row.
 
     Returns:
         `CurriculumPlan`: the same for the same arguments, whatever the number of processes.
@@ -262,8 +266,7 @@ def build_plan(
     """
     rows = np.asarray(levels[:])
     counts = count_levels(rows, config.num_levels)
-    row_lengths = _checked_lengths(lengths, len(rows)) if config.group_by_length else None
-    _check_run(global_batch_size, num_train_epochs, max_steps)
+    row_lengths = _one_per_row("lengths", lengths, len(rows)) if config.group_by_length else None
     epochs, steps = plan_steps(
         counts,
         config.pacing,
@@ -280,6 +283,8 @@ def build_plan(
         num_train_epochs=epochs,
         seed=seed,
     )
+    if groups is not None:
+        contents = spread_groups(contents, _one_per_row("groups", groups, len(rows)), seed)
     indices, replayed, stages = _place(contents, steps, global_batch_size, row_lengths, seed)
     if config.pacing == "random":
         stages = _equal_parts(stages[0], config.num_levels, global_batch_size)
@@ -379,22 +384,13 @@ def _equal_parts(whole: Stage, num_parts: int, global_batch_size: int) -> list[S
     return parts
 
 
-def _checked_lengths(lengths: Sequence[int] | IntArray | None, num_rows: int) -> IntArray:
-    if lengths is None:
+def _one_per_row(name: str, values: Sequence[int] | IntArray | None, num_rows: int) -> IntArray:
+    if values is None:
         raise invalid(
-            "lengths", None, "the length of each row with `group_by_length=True`", "Or set `group_by_length=False`."
+            name, None, "the length of each row with `group_by_length=True`", "Or set `group_by_length=False`."
         )
-    array = np.asarray(lengths[:], dtype=np.int64)
-    if array.shape != (num_rows,):
-        raise invalid("lengths", f"an array of shape {array.shape}", f"({num_rows},), one length for each level")
-    return array
-
-
-def _check_run(global_batch_size: int, num_train_epochs: float, max_steps: int) -> None:
-    for name, value, valid, expected in (
-        ("global_batch_size", global_batch_size, global_batch_size >= 1, "an integer >= 1"),
-        ("num_train_epochs", num_train_epochs, 0 < num_train_epochs < float("inf"), "a float > 0"),
-        ("max_steps", max_steps, max_steps > 0 or max_steps == -1, "an integer >= 1, or -1 for all of the plan"),
-    ):
-        if not valid:
-            raise invalid(name, value, expected)
+    array = np.asarray(values[:])
+    if array.shape != (num_rows,) or not np.issubdtype(array.dtype, np.integer):
+        got = f"an array of shape {array.shape}" if array.shape != (num_rows,) else f"values of dtype {array.dtype}"
+        raise invalid(name, got, f"({num_rows},), one integer for each level")
+    return array.astype(np.int64, copy=False)

@@ -9,6 +9,7 @@ import pytest
 
 from hf_curriculum.core.order import draw_order, group_by_length, seeded_order
 from hf_curriculum.curriculum.config import PACINGS, CurriculumConfig
+from hf_curriculum.curriculum.pacing import StageContent, spread_groups
 from hf_curriculum.curriculum.plan import CurriculumPlan, build_plan
 
 
@@ -307,6 +308,80 @@ def test_grouping_keeps_flags_beside_their_rows():
     ].tolist()
 
 
+def grouped_plan(pacing="staged", **options):
+    """Three levels, and groups of 5 : 3 : 1 that are not spread alike over the levels."""
+    groups = np.random.default_rng(1).choice(3, 240, p=[5 / 9, 3 / 9, 1 / 9])
+    levels = (np.arange(240) * 3 // 240 + (groups == 2)) % 3
+    replay = 0.0 if pacing == "random" else 0.25
+    config = CurriculumConfig(pacing=pacing, replay_fraction=replay)
+    return groups, build_plan(levels, config, global_batch_size=8, groups=groups, **options)
+
+
+@pytest.mark.parametrize("pacing", PACINGS)
+def test_groups_are_spread_in_proportion_over_each_stage(pacing):
+    groups, plan = grouped_plan(pacing, num_train_epochs=2)
+    # A stage's own rows begin after those that complete the batch of the stage before.
+    starts = [0, *(stage.end_step * 8 for stage in plan.stages[:-1])] if pacing != "random" else [0]
+    ends = [*(stage.end_step * 8 - stage.num_filled for stage in plan.stages)] if pacing != "random" else [480]
+    for start, end in zip(starts, ends, strict=True):
+        drawn = groups[plan.indices[start:end]]
+        shares = np.bincount(drawn, minlength=3) / len(drawn)
+        for group in range(3):
+            seen = np.cumsum(drawn == group)
+            # Twice the bound of one stretch from its start, as the borrowed rows were cut off.
+            assert np.abs(seen - shares[group] * np.arange(1, len(drawn) + 1)).max() <= 2 * (0.5 + 1.5 * shares[group])
+
+
+@pytest.mark.parametrize("pacing", PACINGS)
+def test_groups_move_rows_inside_their_stage_only(pacing):
+    _, spread = grouped_plan(pacing)
+    plain = build_plan(
+        (np.arange(240) * 3 // 240 + (grouped_plan()[0] == 2)) % 3,
+        CurriculumConfig(pacing=pacing, replay_fraction=0.0 if pacing == "random" else 0.25),
+        global_batch_size=8,
+    )
+    assert spread != plain
+    assert Counter(spread.indices[: -spread.stages[-1].num_filled or None].tolist()) == Counter(
+        plain.indices[: -plain.stages[-1].num_filled or None].tolist()
+    )
+    if pacing != "random":
+        assert [stage.num_steps for stage in spread.stages] == [stage.num_steps for stage in plain.stages]
+
+
+def test_spread_groups_keep_the_order_inside_a_group_and_the_flags_beside_their_rows():
+    rows = np.array([9, 3, 7, 3, 1, 0, 9, 5])
+    replayed = np.array([1, 0, 0, 1, 0, 0, 0, 1], dtype=bool)
+    groups = np.array([0, 0, 9, 1, 9, 1, 9, 0, 9, 1])
+    (spread,) = spread_groups([StageContent((0,), (), rows, replayed)], groups)
+    for group in (0, 1):
+        before, after = groups[rows] == group, groups[spread.rows] == group
+        assert spread.rows[after].tolist() == rows[before].tolist()
+        assert spread.replayed[after].tolist() == replayed[before].tolist()
+
+
+def test_equal_places_of_groups_are_taken_in_a_seeded_order():
+    content = StageContent((0,), (), np.arange(40), np.zeros(40, dtype=bool))
+    groups = np.arange(40) % 2
+    orders = [groups[next(spread_groups([content], groups, seed)).rows].tolist() for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(pair) == [0, 1] for pair in zip(orders[0][::2], orders[0][1::2], strict=True))
+
+
+def test_one_group_leaves_the_plan_as_it_is():
+    levels = random_levels(50, 3)
+    plans = [
+        build_plan(levels, CurriculumConfig(), global_batch_size=4, seed=2, groups=groups)
+        for groups in (None, [7] * 50)
+    ]
+    assert plans[0] == plans[1]
+
+
+def test_places_of_tasks_as_levels_make_a_curriculum_over_tasks():
+    tasks = np.array([2, 0, 1] * 10)
+    plan = build_plan(tasks, CurriculumConfig(), global_batch_size=5)
+    assert tasks[plan.indices].tolist() == [0] * 10 + [1] * 10 + [2] * 10
+
+
 def base():
     return {"levels": [0, 1, 2] * 9, "config": CurriculumConfig(), "global_batch_size": 2, "seed": 0}
 
@@ -495,6 +570,8 @@ def test_degenerate_runs_are_planned():
             {"config": CurriculumConfig(group_by_length=True), "lengths": [1]},
             r"got an array of shape \(1,\), expected \(27,\)",
         ),
+        ({"groups": [0, 1]}, r"`groups`: got an array of shape \(2,\), expected \(27,\)"),
+        ({"groups": [0.5] * 27}, "`groups`: got values of dtype float64"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

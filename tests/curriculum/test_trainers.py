@@ -186,7 +186,7 @@ def test_compute_metrics_are_in_the_matrix(build):
     trainer = build(eval_rows=generate_corpus(9, seed=1), compute_metrics=accuracy)
     with pytest.warns(FutureWarning, match="return_outputs"):
         trainer.train()
-    assert trainer._level_matrix.metrics == ["loss", "accuracy"]
+    assert trainer.level_matrix.metrics == ["loss", "accuracy"]
     assert any("eval_accuracy_bwt" in entry for entry in trainer.state.log_history)
 
 
@@ -229,9 +229,9 @@ def test_user_s_arguments_stay_as_they_were(build, tokenizer):
 def test_second_train_equals_the_first_of_a_new_trainer(build):
     trainer = build(args={"learning_rate": 0.0}, eval_rows=generate_corpus(9, seed=1))
     trainer.train()
-    first = trainer._level_matrix.matrix("loss")
+    first = trainer.level_matrix.matrix("loss")
     trainer.train()
-    np.testing.assert_allclose(trainer._level_matrix.matrix("loss"), first)
+    np.testing.assert_allclose(trainer.level_matrix.matrix("loss"), first)
     assert len(trainer.record.read("run")) == 1
     assert len(trainer.record.read("stage_end")) == 3
 

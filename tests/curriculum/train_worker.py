@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import signal
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer
+from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, DistillationConfig
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 
@@ -24,6 +25,23 @@ class KillAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class TeacherDigest(TrainerCallback):
+    """Prints a hash of what the teacher says about a fixed batch, after every optimizer step."""
+
+    trainer = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        teacher = self.trainer._keeper.teacher
+        if teacher is None:
+            return
+        rows = [self.trainer.train_dataset[row] for row in range(3)]
+        batch = self.trainer.data_collator([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
+        hidden = teacher.hidden(self.trainer.model_wrapped, dict(batch)).float()
+        digest = hashlib.sha256(hidden.numpy().tobytes()).hexdigest()
+        if self.trainer.is_world_process_zero():
+            print("TEACHER", state.global_step, digest, flush=True)
 
 
 class Trainer(CurriculumSFTTrainer):
@@ -51,6 +69,8 @@ def main():
     parser.add_argument("--scorer", default="length")
     parser.add_argument("--model_path")
     parser.add_argument("--expect")
+    parser.add_argument("--distillation", type=json.loads, help="fields of DistillationConfig")
+    parser.add_argument("--teacher_digest", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
@@ -87,8 +107,12 @@ def main():
         processing_class=tokenizer,
         peft_config=peft_config,
         curriculum=CurriculumConfig(scorer=options.scorer, num_levels=3, replay_fraction=0.25, use_cache=False),
+        distillation=DistillationConfig(**options.distillation) if options.distillation else None,
         callbacks=[KillAt(options.kill_at)],
     )
+    if options.teacher_digest:
+        TeacherDigest.trainer = trainer
+        trainer.add_callback(TeacherDigest)
     if options.expect:
         state = trainer.accelerator.state
         stage = f"-{state.deepspeed_plugin.zero_stage}" if state.deepspeed_plugin else ""
@@ -102,10 +126,12 @@ def main():
     if trainer.is_world_process_zero():
         print("STEPS", trainer.state.global_step, flush=True)
         print("WEIGHTS", digest.hexdigest(), flush=True)
-        print("MATRIX", trainer._level_matrix.matrix("loss").tolist(), flush=True)
+        print("MATRIX", trainer.level_matrix.matrix("loss").tolist(), flush=True)
         if options.print_losses:
-            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            print("LOSSES", losses, flush=True)
+            logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+            print("LOSSES", [entry["loss"] for entry in logged], flush=True)
+            print("GRADIENTS", [entry["grad_norm"] for entry in logged], flush=True)
+            print("DIVERGENCES", [entry.get("kd_loss") for entry in logged], flush=True)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, load_from_disk
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
-from hf_curriculum import CurriculumConfig
+from hf_curriculum import CurriculumConfig, DistillationConfig
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 from hf_curriculum.recipe import (
@@ -33,16 +33,21 @@ def recipe(repository):
 
 
 def parse(recipe, *args):
-    *parsed, curriculum = recipe.make_parser().parse_args_and_config(list(map(str, args)))
-    return parsed, config_from_arguments(CurriculumConfig, "curriculum_", curriculum)
+    *parsed, curriculum, distillation = recipe.make_parser().parse_args_and_config(list(map(str, args)))
+    return (
+        parsed,
+        config_from_arguments(CurriculumConfig, "curriculum_", curriculum),
+        config_from_arguments(DistillationConfig, "distillation_", distillation),
+    )
 
 
 CPU_RUN = ["--report_to", "none", "--disable_tqdm", "true", "--cpu_threads", "1"]
 
 
 def test_defaults_work_without_an_accelerator(recipe):
-    (_, training, *_), config = parse(recipe)
+    (_, training, *_), config, distillation = parse(recipe)
     assert config == CurriculumConfig()
+    assert not distillation.enabled
     if not torch.accelerator.is_available():
         assert training.use_cpu
         assert not training.bf16
@@ -64,13 +69,28 @@ def test_every_curriculum_field_reaches_the_config(recipe):
         if not hasattr(defaults, name):
             continue
         args += [f"--curriculum_{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    _, config = parse(recipe, *args)
+    _, config, _ = parse(recipe, *args)
     assert all(getattr(config, item.name) == values[item.name] for item in fields(CurriculumConfig))
+
+
+def test_every_distillation_field_reaches_the_config(recipe):
+    settings = [
+        {"teacher": "ema", "alpha": [0.1, 0.2], "temperature": [1.0, 3.0], "ema_decay": 0.5, "distill_on": "replay"},
+        {"teacher": "org/model", "divergence": "jsd", "beta": 0.3, "offload_teacher": True, "temperature": 3.0},
+        {"teacher": "base", "teacher_cache": "top_k", "cache_top_k": 7, "alpha": 0.25},
+    ]
+    assert {name for values in settings for name in values} == {item.name for item in fields(DistillationConfig)}
+    for values in settings:
+        args = []
+        for name, value in values.items():
+            args += [f"--distillation_{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        assert parse(recipe, *args)[2] == DistillationConfig(**values)
 
 
 def test_no_name_clashes_with_trl(recipe):
     ours = [item.name for cls in (DataArguments, recipe.RunArguments) for item in fields(cls)]
     ours += [item.name for item in fields(prefixed_arguments(CurriculumConfig, "curriculum_"))]
+    ours += [item.name for item in fields(prefixed_arguments(DistillationConfig, "distillation_"))]
     theirs = {item.name for cls in (ScriptArguments, SFTConfig, ModelConfig) for item in fields(cls)}
     assert len(ours) == len(set(ours))
     assert not theirs & set(ours)
@@ -78,7 +98,7 @@ def test_no_name_clashes_with_trl(recipe):
 
 def test_command_line_wins_over_yaml_and_unknown_keys_are_fatal(recipe, tmp_path):
     (tmp_path / "a.yaml").write_text("curriculum_num_levels: 5\nlearning_rate: 0.5\n")
-    (_, training, *_), config = parse(recipe, "--config", tmp_path / "a.yaml", "--curriculum_num_levels", 7)
+    (_, training, *_), config, _ = parse(recipe, "--config", tmp_path / "a.yaml", "--curriculum_num_levels", 7)
     assert config.num_levels == 7
     assert training.learning_rate == 0.5
     (tmp_path / "b.yaml").write_text("curriculum_levels: 5\n")
@@ -216,8 +236,8 @@ def model_folder(tmp_path):
 
 
 def run(recipe, *args):
-    parsed, config = parse(recipe, *CPU_RUN, *args)
-    recipe.main(*parsed, config)
+    parsed, curriculum, distillation = parse(recipe, *CPU_RUN, *args)
+    recipe.main(*parsed, curriculum, distillation)
 
 
 def test_local_model_and_file_train_and_save(recipe, model_folder, tmp_path, capsys):
@@ -235,6 +255,14 @@ def test_local_model_and_file_train_and_save(recipe, model_folder, tmp_path, cap
         recipe, *common, "--curriculum_scorer", "length", "--use_peft", "true", "--lora_r", 2,
         "--resume_from_checkpoint", "true",
     )  # fmt: skip
+
+
+def test_comparison_needs_a_teacher_and_a_run_from_the_start(recipe, tmp_path):
+    with pytest.raises(ValueError, match="False without a teacher"):
+        run(recipe, "--distillation_compare", "true", "--output_dir", tmp_path)
+    teacher = ["--distillation_compare", "true", "--distillation_teacher", "base", "--output_dir", tmp_path]
+    with pytest.raises(ValueError, match="False in a resumed run"):
+        run(recipe, *teacher, "--resume_from_checkpoint", "true")
 
 
 def test_score_only_then_train_on_the_column(recipe, model_folder, tmp_path):
@@ -277,8 +305,10 @@ def test_demo_runs_end_to_end(recipe, tmp_path, capsys):
     ]
     run(recipe, *args)
     text = "".join(capsys.readouterr())
-    for words in ("Levels against the known grade: Spearman", "BWT", "Model saved to", "global batch 32"):
+    expected = ("Levels against the known grade: Spearman", "BWT", "Model saved to", "global batch 32")
+    for words in (*expected, "what the teacher changed", "without teacher", "with teacher", "The teacher `previous_"):
         assert words in text
+    assert (tmp_path / "o" / "without_teacher" / "hf_curriculum" / "record.jsonl").is_file()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "o")
