@@ -41,10 +41,10 @@ class DistillationConfig:
             training; with an adapter, the model without it), `"ema"` (running average of the student), `"none"`, or
             another model of the same vocabulary: an object, a Hub id or a path. A path that is called like one of
             the words is written `./base`.
-        alpha (`float` or `list[float]`, *optional*, defaults to `0.5`):
+        alpha (`float` or `list[float]`, *optional*, defaults to `0.25`):
             Weight of the distillation, in [0, 1]. A list has one value per stage; with `teacher="previous_stage"`
             its first value is 0, since the first stage has no teacher.
-        temperature (`float` or `list[float]`, *optional*, defaults to `2.0`):
+        temperature (`float` or `list[float]`, *optional*, defaults to `1.0`):
             T > 0 of both distributions, in the distillation alone. A list has one value per stage.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             D: `"forward_kl"` (KL(teacher || student)), `"reverse_kl"` (KL(student || teacher)) or `"jsd"`
@@ -87,14 +87,14 @@ class DistillationConfig:
         },
     )
     alpha: float | list[float] = field(
-        default=0.5,
+        default=0.25,
         metadata={
             "help": "Weight of the distillation in [0, 1]; one value, or one per stage.",
             "cli_type": list[float],
         },
     )
     temperature: float | list[float] = field(
-        default=2.0,
+        default=1.0,
         metadata={
             "help": "Temperature of the distillation, > 0; one value, or one per stage.",
             "cli_type": list[float],
