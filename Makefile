@@ -13,16 +13,19 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) python -m pytest
 STAMPS = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast quality format clean
+.PHONY: help install demo demo-multitask test fast quality format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 install: $(STAMPS)-demo  ## install the package and the tested versions of what it needs
 
 demo: $(STAMPS)-demo  ## train the embedded default end to end on CPU
 	@$(RUN) accelerate launch recipes/sft_curriculum.py
+
+demo-multitask: $(STAMPS)-demo  ## train four generated tasks with CGC-LoRA and export them, on CPU
+	@$(RUN) accelerate launch recipes/multitask_cgc_lora.py
 
 test: $(STAMPS)-test  ## the whole test suite
 	@$(PYTEST) -n 2 --dist worksteal

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .analysis.attention import AttentionFocus
     from .analysis.forgetting import Forgetting
+    from .analysis.seesaw import Seesaw
     from .curriculum.config import CurriculumConfig
     from .curriculum.dataset import score_dataset
     from .curriculum.levels import assign_levels
@@ -19,12 +20,28 @@ if TYPE_CHECKING:
     from .curriculum.sampler import CurriculumSampler
     from .distillation.config import DistillationConfig
     from .distillation.mixin import DistillationMixin
-    from .trainers import CurriculumSFTTrainer, CurriculumTrainer, KDSFTTrainer, KDTrainer
+    from .multitask.cgc_lora import CGCLoraConfig, CGCLoraModel, export_task_adapters
+    from .multitask.collator import MultiTaskCollator
+    from .multitask.config import MultiTaskConfig
+    from .multitask.heads import MultiTaskHeads, TaskHead
+    from .multitask.mixin import MultiTaskMixin
+    from .multitask.sampler import MultiTaskSampler
+    from .multitask.tasks import TaskRegistry
+    from .trainers import (
+        CurriculumSFTTrainer,
+        CurriculumTrainer,
+        KDSFTTrainer,
+        KDTrainer,
+        MultiTaskSFTTrainer,
+        MultiTaskTrainer,
+    )
 
 __version__ = "0.1.0"
 
 _ROOMS = {
     "AttentionFocus": "analysis.attention",
+    "CGCLoraConfig": "multitask.cgc_lora",
+    "CGCLoraModel": "multitask.cgc_lora",
     "CurriculumConfig": "curriculum.config",
     "CurriculumMixin": "curriculum.mixin",
     "CurriculumPlan": "curriculum.plan",
@@ -36,13 +53,26 @@ _ROOMS = {
     "Forgetting": "analysis.forgetting",
     "KDSFTTrainer": "trainers",
     "KDTrainer": "trainers",
+    "MultiTaskCollator": "multitask.collator",
+    "MultiTaskConfig": "multitask.config",
+    "MultiTaskHeads": "multitask.heads",
+    "MultiTaskMixin": "multitask.mixin",
+    "MultiTaskSFTTrainer": "trainers",
+    "MultiTaskSampler": "multitask.sampler",
+    "MultiTaskTrainer": "trainers",
+    "Seesaw": "analysis.seesaw",
+    "TaskHead": "multitask.heads",
+    "TaskRegistry": "multitask.tasks",
     "assign_levels": "curriculum.levels",
     "build_plan": "curriculum.plan",
+    "export_task_adapters": "multitask.cgc_lora",
     "score_dataset": "curriculum.dataset",
 }
 
 __all__ = [
     "AttentionFocus",
+    "CGCLoraConfig",
+    "CGCLoraModel",
     "CurriculumConfig",
     "CurriculumMixin",
     "CurriculumPlan",
@@ -54,9 +84,20 @@ __all__ = [
     "Forgetting",
     "KDSFTTrainer",
     "KDTrainer",
+    "MultiTaskCollator",
+    "MultiTaskConfig",
+    "MultiTaskHeads",
+    "MultiTaskMixin",
+    "MultiTaskSFTTrainer",
+    "MultiTaskSampler",
+    "MultiTaskTrainer",
+    "Seesaw",
+    "TaskHead",
+    "TaskRegistry",
     "__version__",
     "assign_levels",
     "build_plan",
+    "export_task_adapters",
     "score_dataset",
 ]
 

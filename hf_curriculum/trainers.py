@@ -5,9 +5,17 @@ from trl import SFTTrainer
 
 from .curriculum.mixin import CurriculumMixin
 from .distillation.mixin import DistillationMixin
+from .multitask.mixin import MultiTaskMixin
 
 
-__all__ = ["CurriculumSFTTrainer", "CurriculumTrainer", "KDSFTTrainer", "KDTrainer"]
+__all__ = [
+    "CurriculumSFTTrainer",
+    "CurriculumTrainer",
+    "KDSFTTrainer",
+    "KDTrainer",
+    "MultiTaskSFTTrainer",
+    "MultiTaskTrainer",
+]
 
 
 class CurriculumTrainer(DistillationMixin, CurriculumMixin, Trainer):
@@ -82,3 +90,41 @@ class KDSFTTrainer(DistillationMixin, SFTTrainer):
     """
 
     requires_teacher = True
+
+
+class MultiTaskTrainer(MultiTaskMixin, Trainer):
+    """
+    [`~transformers.Trainer`] for rows of several tasks: language models, classifiers and task heads.
+
+    Takes the arguments of [`~transformers.Trainer`] and `multitask`. See
+    [`~hf_curriculum.multitask.mixin.MultiTaskMixin`].
+    """
+
+
+class MultiTaskSFTTrainer(MultiTaskMixin, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] for rows of several tasks, padded, packed or padding-free.
+
+    Takes the arguments of [`~trl.SFTTrainer`] and `multitask`. See
+    [`~hf_curriculum.multitask.mixin.MultiTaskMixin`].
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl import SFTConfig
+    >>> from hf_curriculum import CGCLoraConfig, MultiTaskSFTTrainer
+
+    >>> rows = [
+    ...     {"prompt": "2+2=", "completion": "4", "task": "sum"},
+    ...     {"prompt": "cab", "completion": "abc", "task": "sort"},
+    ... ]
+    >>> trainer = MultiTaskSFTTrainer(  # doctest: +SKIP
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=SFTConfig(output_dir="out"),
+    ...     train_dataset=Dataset.from_list(rows * 32),
+    ...     peft_config=CGCLoraConfig(task_names=["sum", "sort"], task_type="CAUSAL_LM"),
+    ... )
+    >>> trainer.train()  # doctest: +SKIP
+    ```
+    """

@@ -110,6 +110,87 @@ def test_missing_matplotlib_is_told_before_a_model_runs(folders, capsys, monkeyp
     assert 'pip install "hf_curriculum[plots]"' in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def cgc_adapter(folders):
+    """A CGC-LoRA adapter of the base model, and one beside it whose tensors are of another one."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from hf_curriculum import CGCLoraConfig
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    config = CGCLoraConfig(
+        task_names=["sum", "sort"], target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM"
+    )
+    get_peft_model(base, config).save_pretrained(folders / "cgc")
+    broken = folders / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((folders / "cgc" / "adapter_config.json").read_bytes())
+    tensors = load_file(folders / "cgc" / "adapter_model.safetensors")
+    save_file({name: value[:1].clone() for name, value in tensors.items()}, broken / "adapter_model.safetensors")
+    return folders / "cgc"
+
+
+def test_export_writes_adapters_that_plain_peft_reads(cgc_adapter, folders, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert cli.main(["export", str(cgc_adapter), "export"]) == 0
+    shown = "".join(capsys.readouterr())
+    assert "vllm serve" in shown
+    assert "largest logit difference" in shown
+    folder = tmp_path / "export"
+    assert {path.parent.name for path in folder.glob("*/adapter_config.json")} == {"sum", "sort", "common"}
+    ids = torch.arange(4, 12).reshape(1, 8)
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(folders / "base")
+
+    with torch.no_grad():
+        mixture = PeftModel.from_pretrained(base(), cgc_adapter)(input_ids=ids, tasks="sort").logits
+        plain = PeftModel.from_pretrained(base(), folder / "sort")
+        assert plain.peft_config["default"].peft_type == "LORA"
+        torch.testing.assert_close(plain(input_ids=ids).logits, mixture, atol=1e-5, rtol=0)
+
+
+def test_export_of_some_tasks_at_a_lower_rank(cgc_adapter, tmp_path, capsys):
+    words = ["export", str(cgc_adapter), "export", "--tasks", "sum", "--no_common", "--truncate_rank", "2"]
+    assert cli.main([*words, "--rank_multiple", "1"]) == 0
+    assert "largest truncation error" in "".join(capsys.readouterr())
+    (config,) = (tmp_path / "export").glob("*/adapter_config.json")
+    assert config.parent.name == "sum"
+    assert json.loads(config.read_text())["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("adapter", "more", "message"),
+    [
+        ("cgc", ["--tasks", "who"], "Invalid `tasks`"),
+        ("cgc", ["--truncate_rank", "0"], "Invalid `truncate_rank`: got 0"),
+        ("cgc", ["--rank_multiple", "0"], "Invalid `rank_multiple`: got 0"),
+        ("cgc", ["--base_model", "./missing"], "Invalid `base_model`"),
+        ("missing", [], "Invalid `adapter`"),
+        ("adapter", [], "of type LORA, expected a CGC-LoRA adapter"),
+        ("base", [], "adapter_config.json"),
+        ("broken", [], "Invalid `adapter file`"),
+    ],
+)
+def test_bad_exports_are_one_line_and_leave_nothing(cgc_adapter, folders, tmp_path, capsys, adapter, more, message):
+    assert cli.main(["export", str(folders / adapter), "export", *more]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-curriculum export: ")
+    assert message in error
+    assert not list(tmp_path.glob("*export*"))
+
+
+def test_export_over_something_is_refused_before_anything_is_loaded(cgc_adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load_adapted_base", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "export").mkdir()
+    assert cli.main(["export", str(cgc_adapter), "export"]) == 1
+    assert "Invalid `output`: got export, expected a folder that does not exist" in capsys.readouterr().err
+
+
 def test_version_and_missing_command(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

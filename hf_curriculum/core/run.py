@@ -38,6 +38,8 @@ def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, A
     """
     Names the positional arguments of a Trainer class.
 
+    Keyword-only arguments of the mixins that stand before it are passed on as they are.
+
     Args:
         cls (`type`):
             The class being built; the first `__init__` in its bases with a `train_dataset` counts.
@@ -50,14 +52,17 @@ def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, A
         `dict[str, Any]`: all of them by name.
 
     Raises:
-        `TypeError`: for an argument that the Trainer class does not have.
+        `TypeError`: for an argument that neither the Trainer class nor a mixin before it has.
     """
+    of_mixins: set[str] = set()
     for base in cls.__mro__:
         signature = inspect.signature(vars(base).get("__init__", object.__init__))
         if "train_dataset" in signature.parameters:
-            bound = signature.bind(None, *args, **kwargs).arguments
-            named = dict(list(bound.items())[1:])
-            return {**named, **named.pop("kwargs", {})}
+            passed_on = {name: value for name, value in kwargs.items() if name in of_mixins}
+            rest = {name: value for name, value in kwargs.items() if name not in of_mixins}
+            named = dict(list(signature.bind(None, *args, **rest).arguments.items())[1:])
+            return {**named, **named.pop("kwargs", {}), **passed_on}
+        of_mixins |= {name for name, item in signature.parameters.items() if item.kind is item.KEYWORD_ONLY}
     raise invalid("bases", cls.__name__, "a class with a `transformers.Trainer` among its bases")
 
 

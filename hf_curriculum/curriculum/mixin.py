@@ -121,7 +121,7 @@ class CurriculumMixin(RunMixin):
             measured = self._measure_rows(self.train_dataset, None, num_dropped)
             difficulty = measured.difficulty
             eval_parts = [self._measure_rows(part, None, 0).difficulty for part in parts]
-            eval_difficulty = np.concatenate(eval_parts) if eval_parts else np.empty(0)
+            eval_difficulty = np.concatenate([np.empty(0), *eval_parts])
         self._measurement = measured
         kept = np.flatnonzero(np.isfinite(difficulty))
         if len(kept) < len(difficulty):
@@ -162,9 +162,8 @@ class CurriculumMixin(RunMixin):
             return []
         if not self.curriculum.eval_levels:
             return []
-        everything: list[Dataset] = (
-            [*self.eval_dataset.values()] if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        )
+        given = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        everything: list[Dataset] = [*given.values()]
         parts = [part for part in everything if len(part)]
         if len(parts) < len(everything):
             say("An evaluation set has no row with a labelled token after truncation; it is left out of the matrix.")
@@ -205,7 +204,12 @@ class CurriculumMixin(RunMixin):
             max_steps=self.args.max_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             lengths=lengths,
+            groups=self._row_groups(),
         )
+
+    def _row_groups(self) -> np.ndarray | None:
+        """Group of each training row, `(N,)`, int64, to be spread over each stage: of a mixin before this one."""
+        return None
 
     def _fingerprint_data(self) -> str:
         rows = self._batch_rows(self.train_dataset)
@@ -295,8 +299,8 @@ class CurriculumMixin(RunMixin):
                 metric_key_prefix=f"eval_{level_name(level)}",
             )
             self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)
-            measured = output.metrics or {}
-            metrics |= {name: value for name, value in measured.items() if not name.endswith("_time")}
+            measured = (output.metrics or {}).items()
+            metrics |= {name: value for name, value in measured if not name.endswith("_time")}
         self.model.train(training)
         if metrics:
             self._log_evaluation(metrics)
@@ -354,10 +358,8 @@ class CurriculumMixin(RunMixin):
             self.level_matrix.restore(None)
             return
         saved, ours = state["curriculum"]["identity"], self._identity()
-        if saved != ours:
-            different = [
-                f"{name}: {saved.get(name)} there, {ours[name]} here" for name in ours if saved.get(name) != ours[name]
-            ]
+        names = [name for name in ours if saved.get(name) != ours[name]]
+        if different := [f"{name}: {saved.get(name)} there, {ours[name]} here" for name in names]:
             raise invalid(
                 "resume_from_checkpoint",
                 f"a checkpoint of another plan ({'; '.join(different)})",
@@ -370,15 +372,13 @@ class CurriculumMixin(RunMixin):
     def show_and_record(self) -> None:
         """Tables before the first step; plan and scores on disk."""
         eval_counts = [len(self._eval_rows.get(level, ())) for level in range(self.curriculum.num_levels)]
-        levels = level_rows(
-            self.difficulty, self.levels, self._lengths, eval_counts, self.train_dataset, self.processing_class
-        )
+        data = (self._lengths, eval_counts, self.train_dataset, self.processing_class)
+        levels = level_rows(self.difficulty, self.levels, *data)
         stages = stage_rows(self.curriculum_plan, self.difficulty, self._lengths)
         correlation = f"Spearman of difficulty with length {self._measurement.length_correlation:.2f}"
         show_table(f"Levels by `{self._measurement.scorer}` ({correlation})", LEVEL_COLUMNS, levels)
-        show_table(
-            f"Stages, `{self.curriculum.pacing}` ({self.curriculum_plan.num_steps} steps)", STAGE_COLUMNS, stages
-        )
+        steps = self.curriculum_plan.num_steps
+        show_table(f"Stages, `{self.curriculum.pacing}` ({steps} steps)", STAGE_COLUMNS, stages)
         if not self.record.read("plan"):
             self.record.append(
                 "plan",

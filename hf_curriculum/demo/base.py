@@ -1,0 +1,63 @@
+"""The base model of the multi-task demo: one that can repeat lists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.console import say
+from ..core.errors import invalid
+from .model import build_model, build_tokenizer
+from .tasks import generate_copies
+
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+__all__ = ["list_copier"]
+
+BATCH_SIZE = 32
+LEARNING_RATE = 2e-3
+
+
+def list_copier(num_steps: int, seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """
+    Trains the embedded model in full to repeat lists: adapters on random weights would have nothing to build on.
+
+    Every process of a run trains it alone on the same rows, so that all have the same.
+
+    Args:
+        num_steps (`int`):
+            Steps of 32 rows, at least 0.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of weights and rows.
+
+    Returns:
+        `tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast]`: on the CPU.
+
+    Raises:
+        `ValueError`: for fewer than 0 steps.
+    """
+    import torch
+
+    if num_steps < 0:
+        raise invalid("num_steps", num_steps, "an integer >= 0")
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, seed=seed)
+    if num_steps == 0:
+        return model, tokenizer
+    say(f"Training the embedded base model to repeat lists, {num_steps} steps.")
+    rows = generate_copies(BATCH_SIZE * num_steps, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    for step in range(num_steps):
+        part = rows[BATCH_SIZE * step : BATCH_SIZE * (step + 1)]
+        pairs = zip(part["prompt"], part["completion"], strict=True)
+        batch = tokenizer([f"{p}\n{c}{tokenizer.eos_token}" for p, c in pairs], padding=True, return_tensors="pt")
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min((step + 1) / 10, 1 - step / num_steps)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, tokenizer
