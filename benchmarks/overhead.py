@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer
+from hf_curriculum.core.run import RunEvents
 from hf_curriculum.core.stages import StageDriver
-from hf_curriculum.curriculum.callback import LevelEvaluation
 from hf_curriculum.curriculum.sampler import CurriculumSampler
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
@@ -147,7 +147,8 @@ def main():
         cpu.watch_iteration(CurriculumSampler)
         for name in ("on_step_begin", "on_step_end", "on_epoch_end"):
             cpu.watch(StageDriver, name)
-        cpu.watch(LevelEvaluation, "on_train_begin")
+        for name in ("on_train_begin", "on_step_end"):
+            cpu.watch(RunEvents, name)
         other = threading.Thread(target=theirs.train)
         other.start()
         before = time.thread_time()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
@@ -23,7 +22,6 @@ __all__ = [
     "DataArguments",
     "check_output_dir",
     "config_from_arguments",
-    "end_processes",
     "hold_out",
     "load_splits",
     "prefixed_arguments",
@@ -211,18 +209,6 @@ def resume_argument(args: TrainingArguments) -> str | bool | None:
     value = args.resume_from_checkpoint
     words = {"true": True, "1": True, "false": None, "0": None, "none": None}
     return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def end_processes() -> None:
-    """
-    Closes the process group when every process has come to its end. To be called last.
-
-    Interpreters that leave a gloo group open, or close it while another process still writes, abort now and then
-    after their work is done, and the launch counts as failed.
-    """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def load_splits(arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:

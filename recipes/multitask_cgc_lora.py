@@ -43,7 +43,7 @@ from trl import (
 
 from hf_curriculum.analysis.classification_metrics import accuracy, macro_f1
 from hf_curriculum.core.console import say, show_table
-from hf_curriculum.core.distributed import on_main_process
+from hf_curriculum.core.distributed import end_processes, on_main_process
 from hf_curriculum.core.errors import invalid, unsupported
 from hf_curriculum.demo.base import list_copier
 from hf_curriculum.demo.tasks import LABEL_TASKS, TASKS, generate_tasks, guess_losses
@@ -56,7 +56,6 @@ from hf_curriculum.multitask.rows import inferred_names
 from hf_curriculum.recipe import (
     DataArguments,
     check_output_dir,
-    end_processes,
     hold_out,
     load_splits,
     prefixed_arguments,

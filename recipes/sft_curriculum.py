@@ -25,7 +25,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_con
 
 from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, DistillationConfig, score_dataset
 from hf_curriculum.core.console import say, show_table
-from hf_curriculum.core.distributed import on_main_process
+from hf_curriculum.core.distributed import end_processes, on_main_process
 from hf_curriculum.core.errors import invalid, unsupported
 from hf_curriculum.core.ranks import spearman
 from hf_curriculum.curriculum.dataset import check_dataset
@@ -35,7 +35,6 @@ from hf_curriculum.recipe import (
     DataArguments,
     check_output_dir,
     config_from_arguments,
-    end_processes,
     hold_out,
     load_splits,
     prefixed_arguments,

@@ -178,8 +178,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     `launch(script, num_processes=2, args=(), env=None, config=None, timeout=300, check=True)` takes the text of a
     script or a `Path`, and returns a `CompletedProcess` whose `stdout` holds what every process wrote. One process
     runs as `python script`, more under torchrun, and with `config="zero2.yaml"` under `accelerate launch` with that
-    file of `accelerate_configs`. A script that opens a process group must close it (`dist.barrier()`, then
-    `dist.destroy_process_group()`): gloo aborts now and then in interpreters that leave one open.
+    file of `accelerate_configs`. A script that opens a process group must end with `end_processes()`: gloo
+    aborts now and then in interpreters that are finalized with one.
     """
     running: list[subprocess.Popen[bytes]] = []
 

@@ -302,8 +302,9 @@ def test_accelerate_configs_say_what_their_names_promise(repository: Path) -> No
 
 BACKEND = """
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_curriculum.core.distributed import end_processes
 
 args = TrainingArguments("out", max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
 config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -314,9 +315,7 @@ accelerator = trainer.accelerator
 stage = trainer.model_wrapped.zero_optimization_stage() if accelerator.distributed_type == "DEEPSPEED" else 0
 with open(f"seen-{accelerator.process_index}", "w") as file:
     file.write(f"{accelerator.distributed_type.value} {accelerator.num_processes} {stage}")
-if dist.is_initialized():
-    dist.barrier()
-    dist.destroy_process_group()
+end_processes()
 """
 
 

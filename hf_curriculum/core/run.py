@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
+from accelerate.data_loader import BatchSamplerShard
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .console import say
 from .distributed import check_launch, on_main_process
 from .errors import invalid, unsupported
 from .records import RunRecord
+from .sampler import RunSampler
 from .stages import Stage
 from .state import (
     incompleteness,
@@ -27,11 +30,12 @@ from .state import (
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import nn
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedModel, Trainer
 else:
     Trainer = object
 
-__all__ = ["RunMixin", "bind_trainer_arguments"]
+__all__ = ["RunEvents", "RunMixin", "bind_trainer_arguments"]
 
 
 def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -66,14 +70,61 @@ def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, A
     raise invalid("bases", cls.__name__, "a class with a `transformers.Trainer` among its bases")
 
 
+class RunEvents(TrainerCallback):
+    """
+    Lets a trainer act on its own events.
+
+    Args:
+        run ([`RunMixin`]):
+            The trainer.
+    """
+
+    def __init__(self, run: "RunMixin") -> None:
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See [`RunMixin._begin_run`]."""
+        self.run._begin_run()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See [`RunMixin._end_step`]."""
+        self.run._end_step()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See [`RunMixin._end_run`]."""
+        self.run._end_run()
+
+    def on_stage_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
+    ) -> None:
+        """See [`RunMixin._begin_stage`]."""
+        self.run._begin_stage(stage)
+
+    def on_stage_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, stage: Stage, **kwargs: Any
+    ) -> None:
+        """See [`RunMixin._end_stage`]."""
+        self.run._end_stage(stage)
+
+
 class RunMixin(Trainer):
     """
     Base of our trainer mixins, to stand before a [`~transformers.Trainer`] class in the list of bases.
 
     It refuses launches whose processes do not know of one another, keeps the run record, closes every checkpoint with
-    a manifest, and resumes from complete checkpoints only. Mixins on top of it extend [`_check_model`],
-    [`_check_stages`], [`_run_state`], [`_restore_run_state`] and [`_write_run_files`], always calling `super()`; a
-    mixin whose runs have stages overrides [`stages`] and [`stage_rows`].
+    a manifest, and resumes from complete checkpoints only.
+
+    Mixins on top of it extend its hooks, always calling `super()`. When the trainer is built: [`_check_model`],
+    [`_check_stages`]. While it trains: [`_begin_run`], [`_begin_stage`], [`_end_step`], [`_end_stage`], [`_end_run`],
+    [`_training_logs`]. For checkpoints: [`_run_state`], [`_restore_run_state`], [`_write_run_files`]. A mixin that
+    fixes the order of the run overrides [`stages`], [`stage_rows`] and [`_planned`], and its sampler is a
+    [`~hf_curriculum.core.sampler.RunSampler`].
 
     Attributes:
         record ([`~hf_curriculum.core.records.RunRecord`]):
@@ -91,6 +142,7 @@ class RunMixin(Trainer):
         self.record = RunRecord(str(self.args.output_dir), enabled=self.is_world_process_zero())
         self._run_id = ""
         self._resumed_from: Path | None = None
+        self.add_callback(RunEvents(self))
         self._check_model()
 
     def _check_model(self) -> None:
@@ -117,6 +169,42 @@ class RunMixin(Trainer):
             draw, and those of them that are replayed from earlier stages.
         """
         raise NotImplementedError(f"{type(self).__name__} has no stages.")
+
+    def _planned(self) -> dict[str, tuple[object, object]]:
+        """By name what the order of the run was made for: as it is now, and as it was then."""
+        return {}
+
+    def _begin_run(self) -> None:
+        """Called when training begins: the model is wrapped, and a checkpoint loaded."""
+
+    def _begin_stage(self, stage: Stage) -> None:
+        """Called before the first forward of a stage."""
+
+    def _end_step(self) -> None:
+        """Called after every optimizer step."""
+
+    def _end_stage(self, stage: Stage) -> None:
+        """Called after the last optimizer step of a stage, before the Trainer logs, evaluates or saves at it."""
+
+    def _end_run(self) -> None:
+        """Called when training ends."""
+
+    def _training_logs(self) -> dict[str, float]:
+        """What is logged beside the training loss. Called on every rank."""
+        return {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, as the Trainer does; training logs get what the methods have to say."""
+        if "loss" in logs and "eval_loss" not in logs:
+            logs |= self._training_logs()
+        super().log(logs, start_time)
+
+    def num_examples(self, dataloader: "DataLoader[Any]") -> int:
+        """Rows that a loader yields: for the training loader of a run with a fixed order, all of its draws."""
+        batches = dataloader.batch_sampler
+        inner = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+        sampler = getattr(inner, "sampler", None)
+        return len(sampler) if isinstance(sampler, RunSampler) else super().num_examples(dataloader)
 
     def _write_run_files(self, folder: Path) -> None:
         """Writes what a checkpoint must hold beside JSON values. Called on every rank, before [`_run_state`]."""
@@ -177,9 +265,15 @@ class RunMixin(Trainer):
             [`~transformers.trainer_utils.TrainOutput`]
 
         Raises:
-            `ValueError`: if there is no complete checkpoint, or it is of a run with another data order.
+            `ValueError`: if there is no complete checkpoint, or it is of a run with another data order; if what the
+                order was made for has changed since.
             `NotImplementedError`: in a hyperparameter search.
         """
+        for name, (now, then) in self._planned().items():
+            if now != then:
+                raise invalid(
+                    name, now, f"{then}, which the order of the run was made for", "Build a new trainer for it."
+                )
         if trial is not None:
             raise unsupported(
                 "A hyperparameter search inside one trainer",

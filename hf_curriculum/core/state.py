@@ -9,6 +9,7 @@ our state has its hash, and `trainer_state.json` can be read.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .files import write_atomic
 __all__ = [
     "MANIFEST_NAME",
     "STATE_NAME",
+    "check_same",
     "incompleteness",
     "invalidate_checkpoint",
     "list_checkpoints",
@@ -168,3 +170,34 @@ def read_checkpoint_state(folder: str | Path) -> dict[str, Any]:
     if _digest(state) != expected:
         raise invalid(str(path), f"contents with hash {_digest(state)}", f"the recorded hash {expected}", fix)
     return dict(state)
+
+
+def check_same(
+    what: str, saved: Mapping[str, object], ours: Mapping[str, object], expected: str, fix: str = ""
+) -> None:
+    """
+    Refuses to resume from a checkpoint of another run than this trainer would make.
+
+    Args:
+        what (`str`):
+            What the values describe, in a word.
+        saved (`Mapping[str, object]`):
+            JSON values by name, as the checkpoint has them.
+        ours (`Mapping[str, object]`):
+            The same of this trainer.
+        expected (`str`):
+            What a resumed run needs.
+        fix (`str`, *optional*):
+            What to do, as a sentence.
+
+    Raises:
+        `ValueError`: naming each difference.
+    """
+    if different := [
+        f"{name}: {saved.get(name)} there, {ours.get(name)} here"
+        for name in dict.fromkeys([*ours, *saved])
+        if saved.get(name) != ours.get(name)
+    ]:
+        raise invalid(
+            "resume_from_checkpoint", f"a checkpoint of another {what} ({'; '.join(different)})", expected, fix
+        )

@@ -25,6 +25,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         `NotImplementedError`: under FSDP1.
     """
+    # Not `accelerate.utils.extract_model_from_parallel`: it imports DeepSpeed wherever that is installed, and takes
+    # FSDP1 off as well.
     wrappers: tuple[type, ...] = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if (deepspeed := sys.modules.get("deepspeed")) is not None:
         wrappers = (*wrappers, deepspeed.DeepSpeedEngine)

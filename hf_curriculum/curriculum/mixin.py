@@ -7,19 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, concatenate_datasets
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import TrainOutput
 
 from ..core.console import say, show_table
 from ..core.distributed import on_main_process
 from ..core.errors import invalid
 from ..core.files import write_atomic
+from ..core.fingerprint import fingerprint_rows
 from ..core.run import RunMixin, bind_trainer_arguments
 from ..core.stages import Stage, StageDriver
-from .cache import fingerprint
-from .callback import LevelEvaluation
+from ..core.state import check_same
 from .checks import check_arguments, check_datasets
 from .config import CurriculumConfig
 from .dataset import add_sample_ids
@@ -96,7 +93,6 @@ class CurriculumMixin(RunMixin):
         self._check_plan()
         self._measure(num_dropped=len(given) - len(self.train_dataset))
         self._plan()
-        self.add_callback(LevelEvaluation(self))
         self.add_callback(StageDriver(self.curriculum_plan.stages, self.callback_handler))
 
     # Before training: difficulty, levels, plan
@@ -212,8 +208,7 @@ class CurriculumMixin(RunMixin):
         return None
 
     def _fingerprint_data(self) -> str:
-        rows = self._batch_rows(self.train_dataset)
-        return fingerprint(rows, np.ones(len(rows), dtype=bool), None, {})
+        return fingerprint_rows(self._batch_rows(self.train_dataset))
 
     # Training
 
@@ -228,47 +223,23 @@ class CurriculumMixin(RunMixin):
         drawn = slice(stage.first_step * plan.global_batch_size, stage.end_step * plan.global_batch_size)
         return np.unique(plan.indices[drawn]), np.unique(plan.indices[drawn][plan.replayed[drawn]])
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """
-        Trains along the plan. See [`~hf_curriculum.core.run.RunMixin.train`] for the arguments.
-
-        Returns:
-            [`~transformers.trainer_utils.TrainOutput`]
-
-        Raises:
-            `ValueError`: if the data set or the global batch size is not the plan's any more, or a checkpoint is of
-                another plan.
-        """
-        found: dict[str, tuple[object, object]] = {
-            "train_dataset": (len(self.train_dataset), self.curriculum_plan.num_rows),
+    def _planned(self) -> dict[str, tuple[object, object]]:
+        plan = self.curriculum_plan
+        return {
+            **super()._planned(),
+            "train_dataset": (len(self.train_dataset), plan.num_rows),
             "contents of train_dataset": (self._fingerprint_data(), self._data_fingerprint),
-            "global batch size": (self.get_total_train_batch_size(self.args), self.curriculum_plan.global_batch_size),
+            "global batch size": (self.get_total_train_batch_size(self.args), plan.global_batch_size),
         }
-        for name, (got, planned) in found.items():
-            if got != planned:
-                raise invalid(name, got, f"{planned}, which the plan was built for", "Build a new trainer for it.")
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> CurriculumSampler:
         return CurriculumSampler(self.curriculum_plan)
 
-    def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Rows that a loader yields: for the training loader the draws of the plan."""
-        batches = dataloader.batch_sampler
-        inner = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
-        sampler = getattr(inner, "sampler", None)
-        return len(sampler) if isinstance(sampler, CurriculumSampler) else super().num_examples(dataloader)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `curriculum_stage` to the training logs."""
-        if "loss" in logs and "eval_loss" not in logs and 0 < self.state.global_step <= self.curriculum_plan.num_steps:
-            logs["curriculum_stage"] = self.curriculum_plan.stage_at(self.state.global_step - 1).index
-        super().log(logs, start_time)
+    def _training_logs(self) -> dict[str, float]:
+        logs, step = super()._training_logs(), self.state.global_step
+        if 0 < step <= self.curriculum_plan.num_steps:
+            logs["curriculum_stage"] = self.curriculum_plan.stage_at(step - 1).index
+        return logs
 
     # Evaluation by level
 
@@ -306,14 +277,15 @@ class CurriculumMixin(RunMixin):
             self._log_evaluation(metrics)
         return metrics
 
-    def end_stage(self, stage: Stage) -> None:
-        """Measures every level."""
+    def _end_stage(self, stage: Stage) -> None:
+        super()._end_stage(stage)
         metrics = self.evaluate_levels()
         row = self.level_matrix.add(stage.index, metrics)
         self.record.append("stage_end", self.state.global_step, stage=stage.index, metrics=row)
 
-    def sum_up(self) -> None:
-        """What was forgotten over the stages that were measured, all of them unless the run stopped early."""
+    def _end_run(self) -> None:
+        super()._end_run()
+        # Over the stages that were measured, all of them unless the run stopped early.
         if self._eval_rows and self.level_matrix.measured:
             summary = self.level_matrix.forgetting()
             self.record.append("forgetting", self.state.global_step, metrics=summary)
@@ -358,19 +330,18 @@ class CurriculumMixin(RunMixin):
             self.level_matrix.restore(None)
             return
         saved, ours = state["curriculum"]["identity"], self._identity()
-        names = [name for name in ours if saved.get(name) != ours[name]]
-        if different := [f"{name}: {saved.get(name)} there, {ours[name]} here" for name in names]:
-            raise invalid(
-                "resume_from_checkpoint",
-                f"a checkpoint of another plan ({'; '.join(different)})",
-                "the same data, seed, curriculum and global batch size",
-                "With the same arguments but other scores, train on the scores of that run: they are in "
-                "hf_curriculum/difficulty.parquet beside its checkpoints, for `scorer='column'`.",
-            )
+        check_same(
+            "plan",
+            saved,
+            ours,
+            "the same data, seed, curriculum and global batch size",
+            "With the same arguments but other scores, train on the scores of that run: they are in "
+            "hf_curriculum/difficulty.parquet beside its checkpoints, for `scorer='column'`.",
+        )
         self.level_matrix.restore(state["curriculum"]["matrix"])
 
-    def show_and_record(self) -> None:
-        """Tables before the first step; plan and scores on disk."""
+    def _begin_run(self) -> None:
+        super()._begin_run()
         eval_counts = [len(self._eval_rows.get(level, ())) for level in range(self.curriculum.num_levels)]
         data = (self._lengths, eval_counts, self.train_dataset, self.processing_class)
         levels = level_rows(self.difficulty, self.levels, *data)

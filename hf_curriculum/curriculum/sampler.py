@@ -1,26 +1,17 @@
 """The plan as a sampler of row indices."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
-from torch.utils.data import Sampler
-
+from ..core.sampler import RunSampler
 from .plan import CurriculumPlan
 
 
 __all__ = ["CurriculumSampler"]
 
-_CHUNK = 4096
 
-
-class CurriculumSampler(Sampler[int]):
+class CurriculumSampler(RunSampler):
     """
     Yields the rows of a plan in order, for any `DataLoader`.
 
-    An index sampler without state: every pass, on every rank, yields all of the plan from the start, and no global
-    random state is read or moved. Processes share it by batches (as Accelerate's `BatchSamplerShard` does), so one
-    optimizer step holds the same rows whatever their number; a resumed run skips the rows already seen.
+    Without state, and the same on every rank; see [`~hf_curriculum.core.sampler.RunSampler`].
 
     Args:
         plan ([`~hf_curriculum.curriculum.plan.CurriculumPlan`]):
@@ -42,12 +33,5 @@ class CurriculumSampler(Sampler[int]):
     """
 
     def __init__(self, plan: CurriculumPlan) -> None:
+        super().__init__(plan.indices)
         self.plan = plan
-
-    def __iter__(self) -> Iterator[int]:
-        # In chunks: ten million Python integers at once would take 400 MB.
-        for start in range(0, len(self), _CHUNK):
-            yield from self.plan.indices[start : start + _CHUNK].tolist()
-
-    def __len__(self) -> int:
-        return len(self.plan.indices)

@@ -12,7 +12,7 @@ from .cache import TopKCache, TopKSpec
 from .cache_writer import TopKWriter
 from .chunked import top_k_log_probs
 from .forward import head_weights, projection_of
-from .sample_ids import LABELS_PER_ROW, ROW_INDEX
+from .row_index import LABELS_PER_ROW, ROW_INDEX
 from .teacher import Teacher
 
 

@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.errors import invalid
+from .losses import DIVERGENCES
 
 
-__all__ = ["DISTILL_ON", "DIVERGENCES", "TEACHERS", "TEACHER_CACHES", "DistillationConfig", "check_same", "described"]
+__all__ = ["DISTILL_ON", "TEACHERS", "TEACHER_CACHES", "DistillationConfig", "described"]
 
 TEACHERS = ("previous_stage", "base", "ema", "none")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TEACHER_CACHES = ("none", "top_k")
 DISTILL_ON = ("all", "current", "replay")
 
@@ -240,28 +240,3 @@ def described(config: DistillationConfig) -> dict[str, Any]:
     if not isinstance(config.teacher, str):
         values["teacher"] = config.teacher.name_or_path or type(config.teacher).__name__
     return values
-
-
-def check_same(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """
-    Refuses to resume with another config.
-
-    Args:
-        saved (`dict[str, Any]`):
-            What [`described`] gave when the checkpoint was written.
-        ours (`dict[str, Any]`):
-            What it gives now.
-
-    Raises:
-        `ValueError`: naming each difference.
-    """
-    if different := [
-        f"{name}: {saved.get(name)} there, {ours.get(name)} here"
-        for name in sorted(saved.keys() | ours.keys())
-        if saved.get(name) != ours.get(name)
-    ]:
-        raise invalid(
-            "resume_from_checkpoint",
-            f"a checkpoint of another distillation ({'; '.join(different)})",
-            "the same distillation",
-        )

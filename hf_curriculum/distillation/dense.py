@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import unsupported
+from .loss_sums import LossSums, loss_sums
 from .losses import Divergence, binary_divergence, dense_divergence
-from .means import LossSums, loss_sums
 
 
 __all__ = ["DenseLosses", "check_own_loss", "dense_losses"]
@@ -60,7 +60,7 @@ class DenseLosses:
                 Weight of the distillation.
 
         Returns:
-            [`~hf_curriculum.distillation.means.LossSums`]
+            [`~hf_curriculum.distillation.loss_sums.LossSums`]
         """
         return loss_sums(self.ce.detach(), self.kd.detach(), alpha)
 

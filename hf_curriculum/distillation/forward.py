@@ -29,8 +29,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from ..core.errors import unsupported
 from ..core.head import CausalLMHead, LabelledPositions, causal_lm_head, gather_labelled
 from .chunked import HeadTeacher, TokenLosses, TopKTeacher, chunked_token_losses
+from .loss_sums import LossSums, loss_sums
 from .losses import Divergence
-from .means import LossSums, loss_sums
 from .projection import HeadWeights
 
 

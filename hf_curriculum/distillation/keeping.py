@@ -76,6 +76,7 @@ class TeacherKeeper:
         self._identity = identity
         self._teacher = self._make()
         self.cache: TopKCache | None = None
+        self._identity_values: dict[str, object] = {}
         self._written: dict[str, Any] = {"teacher": None, "cache": None}
 
     def _make(self) -> Teacher | None:
@@ -114,6 +115,9 @@ class TeacherKeeper:
         if self._config.names_model and self._teacher is None:
             self._teacher = self._load()
         self.cache = None
+        if self._cached:
+            # Once per run: it reads all of the data.
+            self._identity_values = self._identity()
         if isinstance(self._teacher, SnapshotTeacher):
             self._teacher.forget()
         if saved is not None and checkpoint is not None:
@@ -170,7 +174,7 @@ class TeacherKeeper:
         old, self.cache = self.cache, None
         if self._config.alpha_in(stage) == 0:
             return
-        path = self._folder / f"stage_{stage}.safetensors"
+        path = self._cache_path(stage)
         self.cache = self._write_cache(path, self._spec(stage), self._teacher, stage)
         if old is not None and old.path != path:
             # Checkpoints have links of their own.
@@ -181,10 +185,13 @@ class TeacherKeeper:
             f"{size / 1e6:.1f} MB ({size / max(positions, 1):.0f} bytes per token)."
         )
 
+    def _cache_path(self, stage: int) -> Path:
+        return self._folder / f"stage_{stage}.safetensors"
+
     def _spec(self, stage: int) -> TopKSpec:
         k = DEFAULT_TOP_K if self._config.cache_top_k is None else self._config.cache_top_k
         vocabulary = unwrap_peft_model(self._model).config.get_text_config().vocab_size
-        return TopKSpec(k, self._config.temperature_in(stage), vocabulary, {"stage": stage, **self._identity()})
+        return TopKSpec(k, self._config.temperature_in(stage), vocabulary, {"stage": stage, **self._identity_values})
 
     # Checkpoints
 
@@ -215,9 +222,11 @@ class TeacherKeeper:
             self._teacher.load(load_file(path) if is_main_process() else {})
         if saved["cache"] is not None:
             stage = saved["cache"]["stage"]
-            path = self._folder / f"stage_{stage}.safetensors"
+            path, spec, digest = self._cache_path(stage), self._spec(stage), saved["cache"]["digest"]
             on_main_process(lambda: link_or_copy(checkpoint / CACHE_FILE, path))
-            self.cache = TopKCache.open(path, self._spec(stage), digest=saved["cache"]["digest"])
+            # One process reads and hashes all of it.
+            on_main_process(lambda: TopKCache.open(path, spec, digest=digest).digest)
+            self.cache = TopKCache.open(path, spec, digest=digest, verify=False)
 
 
 def _hash(path: Path) -> str:

@@ -17,21 +17,22 @@ from trl import SFTTrainer
 from ..core.errors import invalid, unsupported
 from ..core.fingerprint import fingerprint_rows
 from ..core.head import causal_lm_head
+from ..core.means import RunningMeans
 from ..core.run import RunMixin
 from ..core.stages import Stage
+from ..core.state import check_same
 from .cache import TopKCache, TopKSpec
 from .cache_pass import write_teacher_cache
-from .callback import TeacherUpdates
 from .checks import check_adapter_off, check_arguments, check_backend, check_snapshot, check_stages
 from .chunked import HeadTeacher, TopKTeacher
-from .config import DEFAULT_BETA, DistillationConfig, check_same, described
+from .config import DEFAULT_BETA, DistillationConfig, described
 from .dense import check_own_loss, dense_losses
 from .forward import StudentPass, install, projection_of
 from .keeping import TeacherKeeper
+from .loss_sums import LossSums
 from .losses import Divergence
-from .means import LossSums, RunningMeans
 from .models import check_teacher, dense_kind
-from .sample_ids import LABELS_PER_ROW, ROW_INDEX, indexed_rows
+from .row_index import LABELS_PER_ROW, ROW_INDEX, indexed_rows
 from .teacher import Teacher
 
 
@@ -88,7 +89,6 @@ class DistillationMixin(RunMixin):
         super().__init__(*args, **kwargs)
         if self.distillation.enabled:
             self._check_stages(self.stages)
-            self.add_callback(TeacherUpdates(self))
 
     def _check_model(self) -> None:
         super()._check_model()
@@ -133,20 +133,25 @@ class DistillationMixin(RunMixin):
 
     # The teacher's life
 
-    def begin_teacher(self) -> None:
-        """Makes the teacher that the run begins with, or takes over that of the checkpoint."""
-        self._training_means.reset()
-        self._own_loss_checked = False
-        self._keeper.begin(self._stage_index(), self._saved_teacher, self._resumed_from)
+    def _begin_run(self) -> None:
+        super()._begin_run()
+        if self.distillation.enabled:
+            self._training_means.restore(None)
+            self._own_loss_checked = False
+            self._replayed: tuple[int, np.ndarray] = -1, np.empty(0, dtype=bool)
+            self._keeper.begin(self._stage_index(), self._saved_teacher, self._resumed_from)
 
-    def follow_student(self) -> None:
-        """Moves a running average one step."""
-        self._keeper.follow()
-
-    def refresh_teacher(self, stage: Stage) -> None:
-        """Makes the student of this moment the teacher of the stage that begins; the first has that of the run."""
-        if stage.index > 0:
+    def _begin_stage(self, stage: Stage) -> None:
+        # When the next stage begins, not when one ends: what is evaluated at a stage end is compared with the teacher
+        # that the stage had. The first stage has the teacher of the run.
+        super()._begin_stage(stage)
+        if self.distillation.enabled and stage.index > 0:
             self._keeper.refresh(stage.index)
+
+    def _end_step(self) -> None:
+        super()._end_step()
+        if self.distillation.enabled:
+            self._keeper.follow()
 
     def _stage_index(self) -> int:
         """Stage of the step that is being computed; 0 in a run without stages."""
@@ -267,7 +272,12 @@ class DistillationMixin(RunMixin):
         alpha = self.distillation.alpha_in(stage)
         if self.distillation.distill_on == "all" or alpha == 0:
             return alpha
-        replayed = np.isin(rows[ROW_INDEX].cpu().numpy(), self.stage_rows(self.stages[stage])[1])
+        if self._replayed[0] != stage:
+            # Once per stage: its rows can be all of the data set.
+            mask = np.zeros(len(self.train_dataset), dtype=bool)
+            mask[self.stage_rows(self.stages[stage])[1]] = True
+            self._replayed = stage, mask
+        replayed = self._replayed[1][rows[ROW_INDEX].cpu().numpy()]
         chosen = replayed if self.distillation.distill_on == "replay" else ~replayed
         weights = torch.from_numpy(chosen).to(rows[LABELS_PER_ROW].device) * alpha
         # Several labels of one row are one item.
@@ -332,11 +342,9 @@ class DistillationMixin(RunMixin):
     def _divergence_name(self) -> str:
         return "kl_to_previous_stage" if self.distillation.teacher == "previous_stage" else "kl_to_teacher"
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `ce_loss` and `kd_loss` to the training logs."""
-        if self.distillation.enabled and "loss" in logs and "eval_loss" not in logs:
-            logs |= self._training_means.take()
-        super().log(logs, start_time)
+    def _training_logs(self) -> dict[str, float]:
+        logs = super()._training_logs()
+        return {**logs, **self._training_means.take()} if self.distillation.enabled else logs
 
     def evaluation_loop(
         self,
@@ -351,7 +359,7 @@ class DistillationMixin(RunMixin):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        self._evaluation_means.reset()
+        self._evaluation_means.restore(None)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         measured = self._evaluation_means.take()
         if output.metrics is not None:
@@ -376,5 +384,5 @@ class DistillationMixin(RunMixin):
         self._saved_teacher = None
         if state is not None:
             saved = state.get("distillation", {"settings": described(DistillationConfig(teacher="none"))})
-            check_same(saved["settings"], described(self.distillation))
+            check_same("distillation", saved["settings"], described(self.distillation), "the same distillation")
             self._saved_teacher = saved.get("files")

@@ -116,6 +116,8 @@ class SnapshotTeacher(Teacher):
         self._dtype = dtype
         self._names = list(learning_parameters(model))
         self._snapshot: ParameterSnapshot | None = None
+        # Parts of the head (weight, bias) that the snapshot holds, by name; looked up when it is taken.
+        self._held: dict[str, str] = {}
 
     @property
     def ready(self) -> bool:
@@ -133,6 +135,10 @@ class SnapshotTeacher(Teacher):
         # By name: some backends put other parameters in the place of those that the trainer was built with.
         everything = parameters_by_name(self._model)
         names = dict.fromkeys([*self._names, *learning_parameters(self._model)])
+        if self._head is not None:
+            by_identity = {id(everything[name]): name for name in names}
+            own = projection_of(self._head).named_parameters(recurse=False)
+            self._held = {part: by_identity[id(live)] for part, live in own if id(live) in by_identity}
         return ParameterSnapshot({name: everything[name] for name in names}, model=self._model, dtype=self._dtype)
 
     def capture(self) -> None:
@@ -169,21 +175,17 @@ class SnapshotTeacher(Teacher):
         if self._head is None:
             yield None
             return
-        projection = projection_of(self._head)
-        names = {id(parameter): name for name, parameter in parameters_by_name(self._model).items()}
-        live = dict(projection.named_parameters(recurse=False))
-        held = {part: names[id(parameter)] for part, parameter in live.items()}
-        if not any(name in self.snapshot for name in held.values()):
+        if not self._held:
             yield None
             return
         with ExitStack() as stack:
             values: dict[str, torch.Tensor] = {}
-            for part, name in held.items():
-                if name in self.snapshot:
-                    values[part] = stack.enter_context(self.snapshot.full(name))
+            for part, live in projection_of(self._head).named_parameters(recurse=False):
+                if part in self._held:
+                    values[part] = stack.enter_context(self.snapshot.full(self._held[part]))
                 else:
-                    stack.enter_context(gather_params_ctx(live[part], modifier_rank=None))
-                    values[part] = live[part]
+                    stack.enter_context(gather_params_ctx(live, modifier_rank=None))
+                    values[part] = live
             head = self._head
             yield HeadWeights(values["weight"], values.get("bias"), logit_scale=head.logit_scale, softcap=head.softcap)
 
@@ -222,7 +224,7 @@ class AdapterOffTeacher(Teacher):
     def acting(self, student: nn.Module) -> Iterator[nn.Module]:
         """See [`Teacher`]."""
         # PEFT turns `requires_grad` off with the adapter, and on again for all of it, also for what was frozen.
-        learned = {name: parameter.requires_grad for name, parameter in self._model.named_parameters()}
+        learned = [(parameter, parameter.requires_grad) for parameter in self._model.parameters()]
         tuner = cast(BaseTuner, self._model.base_model)
         with evaluation_mode(student):
             tuner.disable_adapter_layers()
@@ -230,8 +232,8 @@ class AdapterOffTeacher(Teacher):
                 yield student
             finally:
                 tuner.enable_adapter_layers()
-                for name, parameter in self._model.named_parameters():
-                    parameter.requires_grad_(learned[name])
+                for parameter, flag in learned:
+                    parameter.requires_grad_(flag)
 
     @contextmanager
     def head(self) -> Iterator[HeadWeights | None]:

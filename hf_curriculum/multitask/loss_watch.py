@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..core.console import say
-from .task_losses import ItemLosses, TaskLossMeter, item_losses, sums_by_task
-from .tasks import TaskRegistry
+from ..core.means import RunningMeans
+from .task_losses import ItemLosses, item_losses, sums_by_task
+from .tasks import COMMON_TASK_ID, UNIFORM_TASK_ID, TaskRegistry
 
 
 __all__ = ["TaskLossWatch"]
@@ -54,9 +55,14 @@ class TaskLossWatch:
         self._shift_labels = shift_labels
         self._keeps_training = training
         self._row_losses = row_losses
-        self._training = TaskLossMeter(registry)
-        self._evaluation: TaskLossMeter | None = None
+        self._training = self._new_means()
+        self._evaluation: RunningMeans | None = None
         self._told = False
+
+    def _new_means(self) -> RunningMeans:
+        # The reserved ids are the last places of `sums_by_task`.
+        names = [*self._registry, self._registry.name(UNIFORM_TASK_ID), self._registry.name(COMMON_TASK_ID)]
+        return RunningMeans(names, self._accelerator.device)
 
     @contextmanager
     def watching(self, model: nn.Module, inputs: dict[str, Any], *, training: bool) -> Iterator[None]:
@@ -91,11 +97,11 @@ class TaskLossWatch:
             return
         sums = sums_by_task(items, tasks, len(self._registry))
         if self._evaluation is None:
-            self._training.add(sums.sum(dim=0))
+            self._training.add_all(sums.sum(dim=0))
         elif flattened:
-            self._evaluation.add(self._over_ranks(sums.sum(dim=0)))
+            self._evaluation.add_all(self._accelerator.reduce(sums.sum(dim=0), reduction="sum"))
         else:
-            self._evaluation.add(self._accelerator.gather_for_metrics(sums.contiguous()).sum(dim=0))
+            self._evaluation.add_all(self._accelerator.gather_for_metrics(sums.contiguous()).sum(dim=0))
 
     def _items(self, outputs: Any, labels: torch.Tensor, tasks: torch.Tensor) -> ItemLosses | None:
         if self._row_losses is None:
@@ -104,10 +110,6 @@ class TaskLossWatch:
             losses, weights = self._row_losses(outputs["logits"], labels, tasks)
         return ItemLosses(losses[:, None], weights[:, None])
 
-    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = self._accelerator.reduce(sums, reduction="sum")
-        return total
-
     def take_training(self) -> dict[str, float]:
         """
         Mean training losses since the last call, over all ranks. Collective; waits for the device.
@@ -115,9 +117,7 @@ class TaskLossWatch:
         Returns:
             `dict[str, float]`: by the name of each task that had a label.
         """
-        means = self._training.means(self._training.totals(self._over_ranks, self._accelerator.device))
-        self._training.reset()
-        return means
+        return self._training.take()
 
     @contextmanager
     def evaluating(self) -> Iterator[dict[str, float]]:
@@ -127,20 +127,19 @@ class TaskLossWatch:
         Yields:
             `dict[str, float]`: filled at the end of the context with the mean losses by the name of each task.
         """
-        outer, meter = self._evaluation, TaskLossMeter(self._registry)
-        self._evaluation = meter
+        outer, ours = self._evaluation, self._new_means()
+        self._evaluation = ours
         means: dict[str, float] = {}
         try:
             yield means
         finally:
             self._evaluation = outer
         # Every batch is summed over the ranks already.
-        means |= meter.means(meter.totals(lambda sums: sums, self._accelerator.device))
+        means |= ours.take(over_ranks=False)
 
     def state(self) -> list[list[float]]:
         """Sums of the training losses since the last log, over all ranks, as JSON values. Collective."""
-        sums: list[list[float]] = self._training.totals(self._over_ranks, self._accelerator.device).tolist()
-        return sums
+        return self._training.state()
 
     def restore(self, state: list[list[float]] | None) -> None:
         """
@@ -150,9 +149,7 @@ class TaskLossWatch:
             state (`list[list[float]]`, *optional*):
                 What [`state`] gave.
         """
-        # One rank takes all of it: the ranks' sums are added up at the next log.
-        ours = state if self._accelerator.is_main_process else None
-        self._training.reset(ours, self._accelerator.device)
+        self._training.restore(state)
 
 
 @contextmanager

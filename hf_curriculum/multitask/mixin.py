@@ -10,13 +10,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, unwrap_peft_model
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..core.console import say, show_table
 from ..core.errors import invalid
 from ..core.run import RunMixin, bind_trainer_arguments
 from ..core.stages import Stage, StageDriver
+from ..core.state import check_same
 from .aware import (
     Guard,
     gate_tables,
@@ -26,7 +26,6 @@ from .aware import (
     moves_absent_tasks,
     takes_tasks,
 )
-from .callback import TaskReport
 from .checks import check_arguments, check_bases, check_names, decides_order
 from .collator import MultiTaskCollator
 from .config import MultiTaskConfig
@@ -100,7 +99,6 @@ class MultiTaskMixin(RunMixin):
         arguments["args"] = copy.copy(arguments.get("args"))
         super().__init__(**arguments)
         self._task_ids = self._row_groups()
-        self.add_callback(TaskReport(self))
         if self.task_sampler is not None:
             self.add_callback(StageDriver(self.stages, self.callback_handler))
 
@@ -119,8 +117,7 @@ class MultiTaskMixin(RunMixin):
         self._loss_watch = TaskLossWatch(
             self.task_registry,
             self.accelerator,
-            # The Trainer's own test, for its label smoothing.
-            shift_labels=type(unwrap_peft_model(self.model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            shift_labels=self._loss_shifts_labels,
             training=self.multitask.log_task_losses,
             row_losses=heads.row_losses if isinstance(heads, MultiTaskHeads) else None,
         )
@@ -161,6 +158,8 @@ class MultiTaskMixin(RunMixin):
             micro_batch_size=self.args.per_device_train_batch_size if batches == "homogeneous" else None,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
+        sampler = self.task_sampler
+        self._epochs = epoch_stages(sampler.num_rows, sampler.global_batch_size, sampler.num_steps)
         self.args.num_train_epochs = 1.0
 
     def _row_groups(self) -> np.ndarray:
@@ -175,10 +174,7 @@ class MultiTaskMixin(RunMixin):
     @property
     def stages(self) -> Sequence[Stage]:
         """The user's epochs, where this mixin decides the order of the run."""
-        sampler = self.task_sampler
-        if sampler is None:
-            return super().stages
-        return epoch_stages(sampler.num_rows, sampler.global_batch_size, sampler.num_steps)
+        return super().stages if self.task_sampler is None else self._epochs
 
     def stage_rows(self, stage: Stage) -> tuple[np.ndarray, np.ndarray]:
         """Rows that an epoch draws; none counts as replayed, although all may have been seen. See the base class."""
@@ -243,13 +239,6 @@ class MultiTaskMixin(RunMixin):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         return super()._get_train_sampler(train_dataset) if self.task_sampler is None else self.task_sampler
 
-    def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Rows that a loader yields: for the training loader the draws of the run."""
-        batches = dataloader.batch_sampler
-        inner = getattr(batches, "batch_sampler", batches)
-        sampler = getattr(inner, "sampler", None)
-        return len(sampler) if isinstance(sampler, MultiTaskSampler) else super().num_examples(dataloader)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -276,11 +265,11 @@ class MultiTaskMixin(RunMixin):
         with self._loss_watch.watching(model, inputs, training=self.model.training):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `<task>_loss` to the training logs."""
-        if "loss" in logs and "eval_loss" not in logs and self.multitask.log_task_losses:
+    def _training_logs(self) -> dict[str, float]:
+        logs = super()._training_logs()
+        if self.multitask.log_task_losses:
             logs |= {f"{name}_loss": value for name, value in self._loss_watch.take_training().items()}
-        super().log(logs, start_time)
+        return logs
 
     def evaluation_loop(
         self,
@@ -303,31 +292,13 @@ class MultiTaskMixin(RunMixin):
 
     # State and record
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """
-        Trains in the order of the run. See [`~hf_curriculum.core.run.RunMixin.train`] for the arguments.
-
-        Returns:
-            [`~transformers.trainer_utils.TrainOutput`]
-
-        Raises:
-            `ValueError`: if the data set or the global batch size is not the order's any more, or a checkpoint is of
-                another order.
-        """
+    def _planned(self) -> dict[str, tuple[object, object]]:
+        planned = super()._planned()
         if (sampler := self.task_sampler) is not None:
-            found = {
-                "train_dataset": (len(self.train_dataset), sampler.num_rows),
-                "global batch size": (self.get_total_train_batch_size(self.args), sampler.global_batch_size),
-            }
-            for name, (got, planned) in found.items():
-                if got != planned:
-                    raise invalid(name, got, f"{planned}, which the order was made for", "Build a new trainer for it.")
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            batch = self.get_total_train_batch_size(self.args)
+            planned["train_dataset"] = len(self.train_dataset), sampler.num_rows
+            planned["global batch size"] = batch, sampler.global_batch_size
+        return planned
 
     def _task_identity(self) -> dict[str, Any]:
         """What must be the same in a resumed run."""
@@ -346,17 +317,16 @@ class MultiTaskMixin(RunMixin):
         if state is None:
             self._loss_watch.restore(None)
             return
-        saved, ours = state["multitask"]["identity"], self._task_identity()
-        if different := [name for name in ours if saved.get(name) != ours[name]]:
-            raise invalid(
-                "resume_from_checkpoint",
-                f"a checkpoint of a run with another {' and another '.join(different)}",
-                "the same data, tasks, sampling, seed, epochs and global batch size",
-            )
+        check_same(
+            "order of tasks",
+            state["multitask"]["identity"],
+            self._task_identity(),
+            "the same data, tasks, sampling, seed, epochs and global batch size",
+        )
         self._loss_watch.restore(state["multitask"]["losses"])
 
-    def show_tasks(self) -> None:
-        """Table and record before the first step."""
+    def _begin_run(self) -> None:
+        super()._begin_run()
         unit = "packs" if getattr(self.args, "packing", False) else "rows"
         ids, counts = np.unique(self._task_ids, return_counts=True)
         draws = {} if self.task_sampler is None else self.task_sampler.draws
@@ -378,7 +348,7 @@ class MultiTaskMixin(RunMixin):
             rows = [dict(zip(columns, row, strict=True)) for row in table]
             self.record.append("tasks", 0, names=list(self.task_registry), tasks=rows)
 
-    def record_gates(self) -> None:
-        """Gates of every layer and task, where the model has gates that depend on the task alone."""
+    def _end_run(self) -> None:
+        super()._end_run()
         if (gates := gate_tables(self.model)) is not None:
             self.record.append("gates", self.state.global_step, names=list(self.task_registry), layers=gates)

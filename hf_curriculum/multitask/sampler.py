@@ -7,15 +7,15 @@ Shapes: N rows of the data set, P draws of the run, T tasks that have rows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
 
 from ..core.errors import invalid
 from ..core.order import draw_order, mix_streams
+from ..core.sampler import RunSampler
 
 
 __all__ = ["BATCH_KINDS", "SAMPLINGS", "MultiTaskSampler", "apportion", "sampling_shares", "task_order"]
@@ -28,7 +28,6 @@ BATCH_KINDS = ("mixed", "homogeneous", "homogeneous_step")
 
 # What a seeded order is for, second in its key, apart from the numbers that the curriculum's plan uses.
 _ROWS, _MIX = 32, 33
-_CHUNK = 4096
 
 
 def sampling_shares(counts: Sequence[int] | IntArray, sampling: str, temperature: float = 2.0) -> FloatArray:
@@ -188,7 +187,7 @@ def task_order(
     return rows.reshape(-1), units * batch_size
 
 
-class MultiTaskSampler(Sampler[int]):
+class MultiTaskSampler(RunSampler):
     """
     Yields the rows of several tasks in an order fixed for the whole run, for any `DataLoader`.
 
@@ -278,7 +277,7 @@ class MultiTaskSampler(Sampler[int]):
         self.num_train_epochs = num_train_epochs
         epoch_steps = max(1, -(-round(num_train_epochs * len(ids)) // global_batch_size))
         self.num_steps = max_steps if max_steps > 0 else epoch_steps
-        self.indices, counts = task_order(
+        indices, counts = task_order(
             ids,
             self.num_steps * global_batch_size,
             sampling=sampling,
@@ -286,7 +285,8 @@ class MultiTaskSampler(Sampler[int]):
             batch_size=unit,
             seed=seed,
         )
-        self.indices.setflags(write=False)
+        indices.setflags(write=False)
+        super().__init__(indices)
         self.draws = {int(task): int(count) for task, count in zip(np.unique(ids), counts, strict=True)}
 
     @property
@@ -295,14 +295,6 @@ class MultiTaskSampler(Sampler[int]):
         digest = hashlib.sha256(f"{self.global_batch_size},{self.num_rows},".encode())
         digest.update(np.ascontiguousarray(self.indices, dtype="<i8").data)
         return digest.hexdigest()
-
-    def __iter__(self) -> Iterator[int]:
-        # In chunks: ten million Python integers at once would take 400 MB.
-        for start in range(0, len(self), _CHUNK):
-            yield from self.indices[start : start + _CHUNK].tolist()
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 def _checked_ids(task_ids: Sequence[int] | IntArray) -> IntArray:

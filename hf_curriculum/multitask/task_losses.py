@@ -7,16 +7,14 @@ V vocabulary, C classes, T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .tasks import TaskRegistry
 
-
-__all__ = ["ItemLosses", "TaskLossMeter", "item_losses", "sums_by_task"]
+__all__ = ["ItemLosses", "item_losses", "sums_by_task"]
 
 
 class ItemLosses(NamedTuple):
@@ -113,76 +111,3 @@ def sums_by_task(items: ItemLosses, tasks: torch.Tensor, num_tasks: int) -> torc
     sums[0].scatter_add_(1, places, weighted)
     sums[1].scatter_add_(1, places, weights)
     return sums.permute(1, 2, 0)
-
-
-class TaskLossMeter:
-    """
-    Mean losses of the tasks over many batches, kept on the device until they are asked for.
-
-    Args:
-        registry ([`TaskRegistry`] of T tasks):
-            Names and ids.
-    """
-
-    def __init__(self, registry: TaskRegistry) -> None:
-        self.registry = registry
-        self._sums: torch.Tensor | None = None
-
-    def add(self, sums: torch.Tensor) -> None:
-        """
-        Adds a batch.
-
-        Args:
-            sums (`torch.Tensor` of shape `(T + 2, 2)`):
-                Sums of losses and weights, as [`sums_by_task`] gives them for each row.
-        """
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def totals(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """
-        What was added on all ranks. Collective.
-
-        Args:
-            reduce (`Callable`):
-                Sums a tensor over the ranks.
-            device (`torch.device`):
-                Device of a rank that has added nothing.
-
-        Returns:
-            `torch.Tensor` of shape `(T + 2, 2)`, on the CPU.
-        """
-        if self._sums is None:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._sums = torch.zeros((len(self.registry) + 2, 2), dtype=dtype, device=device)
-        # A copy, since a collective may work in place.
-        return reduce(self._sums.clone()).cpu()
-
-    def means(self, totals: torch.Tensor) -> dict[str, float]:
-        """
-        Mean losses.
-
-        Args:
-            totals (`torch.Tensor` of shape `(T + 2, 2)`):
-                Sums of losses and weights.
-
-        Returns:
-            `dict[str, float]`: by the name of each task that had a label, `common` and `uniform` last.
-        """
-        names = [*self.registry, self.registry.name(-2), self.registry.name(-1)]
-        pairs = zip(names, totals.tolist(), strict=True)
-        return {name: loss / weight for name, (loss, weight) in pairs if weight > 0}
-
-    def reset(self, totals: list[list[float]] | None = None, device: torch.device | None = None) -> None:
-        """
-        Forgets everything, then takes over sums.
-
-        Args:
-            totals (`list[list[float]]`, *optional*):
-                T + 2 pairs of sums.
-            device (`torch.device`, *optional*):
-                Where to keep them.
-        """
-        self._sums = None
-        if totals is not None:
-            kind = torch.float32 if device is not None and device.type == "mps" else torch.float64
-            self._sums = torch.tensor(totals, dtype=kind, device=device)

@@ -1,7 +1,6 @@
 """Trains in several processes, with and without forwards on a snapshot's values, and compares the bits."""
 
 import argparse
-import gc
 import json
 import sys
 from typing import ClassVar
@@ -15,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_curriculum.core.checksums import parameter_checksums
-from hf_curriculum.core.distributed import rank_and_world
+from hf_curriculum.core.distributed import end_processes, rank_and_world
 from hf_curriculum.core.modes import evaluation_mode
 from hf_curriculum.core.parameters import ParameterSnapshot, learning_parameters
 from hf_curriculum.core.wrappers import unwrapped
@@ -373,10 +372,7 @@ def main():
     for scenario in options.scenarios:
         compare(options, scenario)
     print("SEEN", sorted(TeacherTrainer.seen), flush=True)
-    dist.barrier()
-    # A wrapper that is still there at the end keeps its process group, whose threads abort the interpreter.
-    gc.collect()
-    dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 import sys
 
 import torch
-import torch.distributed as dist
 from trl import SFTConfig
 
 from hf_curriculum import CurriculumConfig, score_dataset
+from hf_curriculum.core.distributed import end_processes
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 
@@ -25,9 +25,7 @@ def main():
         )
         if args.process_index == 0:
             print("SCORES", list(scored["difficulty"]), flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import os
 import signal
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, DistillationConfig
+from hf_curriculum.core.distributed import end_processes
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 
@@ -132,9 +132,7 @@ def main():
             print("LOSSES", [entry["loss"] for entry in logged], flush=True)
             print("GRADIENTS", [entry["grad_norm"] for entry in logged], flush=True)
             print("DIVERGENCES", [entry.get("kd_loss") for entry in logged], flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -374,6 +374,7 @@ SCRIPT = """
     import shutil, sys
     import torch, torch.distributed as dist
 
+    from hf_curriculum.core.distributed import end_processes
     from hf_curriculum.distillation.cache import TopKSpec
     from hf_curriculum.distillation.cache_writer import TopKPart, TopKWriter
 
@@ -414,11 +415,10 @@ SCRIPT = """
         close = part.close
         part.close = lambda: (close(), shutil.rmtree(part.folder))
 
-    for change in (full, elsewhere):
-        print(change.__name__, rank, failing(change), flush=True)
-    print("digest", cache.digest, flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    for change in (full, elsewhere):  # one write a line: unbuffered prints of two processes mix within a line
+        sys.stdout.write(f"{change.__name__} {rank} {failing(change)}\\n")
+    sys.stdout.write(f"digest {cache.digest}\\n")
+    end_processes()
 """
 
 

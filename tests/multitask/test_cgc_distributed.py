@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from hf_curriculum.core.distributed import end_processes
 from hf_curriculum.multitask.cgc_lora import CGCLoraConfig
 from hf_curriculum.multitask.cgc_lora.absent import freeze_absent_tasks
 
@@ -68,9 +69,7 @@ if trainer.is_world_process_zero():
     found = {name: value.double().norm().item() for name, value in state.items() if "cgc_lora_" in name}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print("FOUND", json.dumps({"losses": losses, "norms": found}), flush=True)
-if dist.is_initialized():
-    dist.barrier()
-    dist.destroy_process_group()
+end_processes()
 """
 
 

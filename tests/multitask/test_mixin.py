@@ -25,8 +25,7 @@ from hf_curriculum.multitask.cgc_lora.config import CGCLoraConfig
 from hf_curriculum.multitask.config import MultiTaskConfig
 from hf_curriculum.multitask.epochs import epoch_stages
 from hf_curriculum.multitask.mixin import MultiTaskMixin
-from hf_curriculum.multitask.task_losses import ItemLosses, TaskLossMeter, item_losses, sums_by_task
-from hf_curriculum.multitask.tasks import TaskRegistry
+from hf_curriculum.multitask.task_losses import ItemLosses, item_losses, sums_by_task
 from hf_curriculum.trainers import MultiTaskSFTTrainer, MultiTaskTrainer
 
 
@@ -435,9 +434,9 @@ def test_a_checkpoint_of_another_order_is_refused(build, tmp_path):
     args = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 3}
     build(args).train()
     for other in ({"sampling": "uniform"}, {"batches": "homogeneous"}):
-        with pytest.raises(ValueError, match="with another order, expected the same data"):
+        with pytest.raises(ValueError, match=r"another order of tasks \(order"):
             build(args, other).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="with another tasks"):
+    with pytest.raises(ValueError, match=r"another order of tasks \(tasks"):
         build(args, {"task_names": ["sum", "sort", "echo", "more"]}).train(resume_from_checkpoint=True)
 
 
@@ -748,16 +747,6 @@ def test_sums_are_a_loop_s(per_token):
                 expected[row, task, 1] += 1
     found = sums_by_task(ItemLosses(losses, weights), tasks, 3)
     torch.testing.assert_close(found, expected)
-
-
-def test_meter_gives_names_of_tasks_that_had_labels():
-    meter = TaskLossMeter(TaskRegistry(["a", "b"], unknown_task="common"))
-    meter.add(torch.tensor([[3.0, 2.0], [0.0, 0.0], [0.0, 0.0], [5.0, 1.0]], dtype=torch.float64))
-    meter.add(torch.tensor([[3.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
-    totals = meter.totals(lambda sums: sums, torch.device("cpu"))
-    assert meter.means(totals) == {"a": 2.0, "common": 5.0}
-    meter.reset(totals.tolist())
-    assert meter.means(meter.totals(lambda sums: sums, torch.device("cpu"))) == {"a": 2.0, "common": 5.0}
 
 
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])

@@ -7,12 +7,12 @@ import os
 import signal
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig
 
+from hf_curriculum.core.distributed import end_processes
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 from hf_curriculum.multitask.cgc_lora.config import CGCLoraConfig
@@ -104,9 +104,7 @@ def main():
         print("WEIGHTS", json.dumps(digest.hexdigest()), flush=True)
         print("LOSSES", json.dumps([[entry.get(f"{name}_loss") for name in NAMES] for entry in logs]), flush=True)
         print("EVALUATION", json.dumps([metrics[f"eval_{name}_loss"] for name in NAMES]), flush=True)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 from hf_curriculum.distillation.cache import TopKSpec
 from hf_curriculum.distillation.cache_writer import TopKWriter
-from hf_curriculum.distillation.sample_ids import (
+from hf_curriculum.distillation.row_index import (
     LABELS_PER_ROW,
     ROW_INDEX,
     IndexedRow,
