@@ -1,5 +1,5 @@
 """
-The command line: `hf-curriculum attention BASE TUNED --dataset rows.jsonl`, `hf-curriculum export ADAPTER OUTPUT`.
+The command line: `hf-curriculum attention`, `hf-curriculum export` and `hf-curriculum layers`.
 
 Each subcommand is a function that adds its parser and a function that runs it; `COMMANDS` lists them. Libraries that
 take seconds to import are imported by the command that runs.
@@ -239,7 +239,8 @@ def _report(
     folder: Path,
 ) -> None:
     from .analysis.attention_comparison import compare_attention
-    from .analysis.attention_plots import draw_all, write_csv
+    from .analysis.attention_plots import draw_all
+    from .analysis.pictures import write_csv
     from .core.console import say
     from .core.files import write_atomic
 
@@ -270,8 +271,8 @@ def _add_export(subparsers: Any) -> None:
         "export",
         help="A CGC-LoRA adapter as one plain LoRA per task.",
         description="Writes each task of a CGC-LoRA adapter as a standard LoRA adapter, which PEFT and vLLM load "
-        "without this package, and prints the command that serves them. Logits are compared before anything is "
-        "written.",
+        "without this package, and prints the command that serves them. Heads of the tasks, where there are any, are "
+        "written beside. Logits are compared before anything is written.",
     )
     parser.add_argument("adapter", help="CGC-LoRA adapter: a Hub id or a folder.")
     parser.add_argument("output", help="Folder to write; it must not exist.")
@@ -294,6 +295,8 @@ def _run_export(options: argparse.Namespace) -> None:
 
     from .core.console import show_table
     from .multitask.cgc_lora import CGCLoraConfig, export_task_adapters
+    from .multitask.head_files import find_head_files
+    from .multitask.heads import MultiTaskHeads
 
     _check_names(options, "adapter", "base_model")
     if os.path.lexists(options.output):
@@ -307,8 +310,9 @@ def _run_export(options: argparse.Namespace) -> None:
     try:
         # RuntimeError: tensors of another shape, or logits that differ.
         model = PeftModel.from_pretrained(base, options.adapter)
+        heads = find_head_files(options.adapter)
         report = export_task_adapters(
-            model,
+            model if heads is None else MultiTaskHeads.from_pretrained(heads, model),
             options.output,
             tasks=options.tasks,
             include_common=not options.no_common,
@@ -339,6 +343,40 @@ def _load_adapted_base(options: argparse.Namespace, config: Any) -> PreTrainedMo
     return model
 
 
+def _add_layers(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "layers",
+        help="Which layers learned when, in a run with a `LayerFreezeCallback`.",
+        description="Shows how long each block learned, how often it was chosen and its last score, from the record "
+        "of a run, finished or not.",
+    )
+    parser.add_argument("output_dir", help="Output folder of the run.")
+    parser.add_argument("--plot", default=None, metavar="FILE.png", help="Draw steps and blocks as a heat-map.")
+    parser.add_argument("--static", action="store_true", help="Show the blocks that learned most as a fixed choice.")
+    parser.add_argument(
+        "--active_fraction", type=float, default=None, help="Budget of --static. Default: the largest of the run."
+    )
+    parser.set_defaults(run=_run_layers)
+
+
+def _run_layers(options: argparse.Namespace) -> None:
+    from .core.console import say
+    from .layerwise.report import read_layers, show_layers, show_static, static_layers
+
+    if options.plot is not None and Path(options.plot).suffix != ".png":
+        raise invalid("plot", options.plot, "a file name that ends in .png")
+    if options.active_fraction is not None and not options.static:
+        raise invalid("active_fraction", options.active_fraction, "nothing without --static", "Add --static.")
+    layers = read_layers(options.output_dir)
+    show_layers(layers)
+    if options.static:
+        show_static(static_layers(options.output_dir, active_fraction=options.active_fraction))
+    if options.plot is not None:
+        from .analysis.layer_plots import plot_layer_map
+
+        say(f"Heat-map in {plot_layer_map(path=options.plot, **layers.picture())}, its data beside it as CSV.")
+
+
 # By the task type of an adapter, the class of transformers that its base model is loaded with.
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -349,7 +387,7 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (_add_attention, _add_export)
+COMMANDS: tuple[Callable[[Any], None], ...] = (_add_attention, _add_export, _add_layers)
 
 
 if __name__ == "__main__":

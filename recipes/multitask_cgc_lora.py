@@ -18,20 +18,15 @@ class by name or number, a list of classes (multi-label) or a number with a deci
 import shutil
 import sys
 from dataclasses import dataclass, field, fields, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from peft import PeftConfig, get_peft_model
+from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -42,6 +37,7 @@ from trl import (
 )
 
 from hf_curriculum.analysis.classification_metrics import accuracy, macro_f1
+from hf_curriculum.analysis.gate_plots import draw_gates
 from hf_curriculum.core.console import say, show_table
 from hf_curriculum.core.distributed import end_processes, on_main_process
 from hf_curriculum.core.errors import invalid, unsupported
@@ -248,7 +244,7 @@ def train_classifier(
     run: RunArguments,
     cgc: CGCArguments,
     multitask: MultiTaskConfig,
-) -> tuple[MultiTaskMixin, PreTrainedModel]:
+) -> tuple[MultiTaskMixin, MultiTaskHeads]:
     """Trains one head per task over one backbone."""
     if training.packing or training.padding_free:
         raise unsupported(
@@ -296,10 +292,8 @@ def train_classifier(
     if test is not None:
         show_losses(trainer)
         show_scores(trainer, model)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(training.output_dir)
-        tokenizer.save_pretrained(training.output_dir)
-    return trainer, adapted
+    trainer.save_model(training.output_dir)
+    return trainer, model
 
 
 def show_scores(trainer: MultiTaskTrainer, model: MultiTaskHeads) -> None:
@@ -320,10 +314,11 @@ def show_scores(trainer: MultiTaskTrainer, model: MultiTaskHeads) -> None:
 # What the tasks came to share, and the way out
 
 
-def show_gates(model: PreTrainedModel) -> None:
-    """Prints the gates of each task, averaged over the layers."""
-    tuner = model.base_model
+def show_gates(tuner: object, output_dir: str) -> None:
+    """Prints the gates of each task, averaged over the layers, and draws those of each layer."""
     if not isinstance(tuner, CGCLoraModel) or any(config.gate == "token" for config in tuner.peft_config.values()):
+        return
+    if any(hasattr(parameter, "ds_id") for parameter in tuner.parameters()):  # ZeRO-3: each process holds a part
         return
     table = torch.stack(list(tuner.gate_table().values())).mean(dim=0)
     layout = next(iter(tuner.peft_config.values())).layout
@@ -333,11 +328,14 @@ def show_gates(model: PreTrainedModel) -> None:
         start = layout.num_common + task * layout.num_own
         rows.append([name, *gates[: layout.num_common], sum(gates[start : start + layout.num_own])])
     show_table("Gates, mean over the layers", ("task", *common, "own"), rows)
+    if find_spec("matplotlib") is None:
+        say('No picture of the gates: it needs `pip install "hf_curriculum[plots]"`.')
+    elif (picture := on_main_process(lambda: draw_gates(output_dir))) is not None:
+        say(f"Gates of each layer and task in {picture}.")
 
 
-def export(model: PreTrainedModel, output_dir: str) -> None:
-    """Writes one plain LoRA per task, where the gates allow it."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
+def export(model: PreTrainedModel | MultiTaskHeads, tuner: object, output_dir: str) -> None:
+    """Writes one plain LoRA per task, with its head where there is one, where the gates allow it."""
     if not isinstance(tuner, CGCLoraModel):
         return
     if not all(config.collapses for config in tuner.peft_config.values()):
@@ -372,8 +370,9 @@ def main(
     check_output_dir(training)
     train = train_classifier if run.objective == "classification" else train_sft
     trainer, model = train(model_args, training, script, data, run, cgc, multitask)
-    show_gates(model)
-    export(model, training.output_dir)
+    tuner = (model.backbone if isinstance(model, MultiTaskHeads) else model).base_model
+    show_gates(tuner, training.output_dir)
+    export(model, tuner, training.output_dir)
     say(f"Model saved to {training.output_dir}, run record to {trainer.record.folder}.")
 
 

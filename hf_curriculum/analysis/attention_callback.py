@@ -74,13 +74,7 @@ class AttentionFocusCallback(TrainerCallback):
     ) -> None:
         """Measures the model as it is before the first step. See [`~transformers.TrainerCallback`]."""
         self._measured_at = None
-        record = RunRecord(str(args.output_dir), enabled=is_main_process())
-        if record.enabled and record.path.is_file() and record.run_id is None:
-            # Our trainers clear the record of what a new or resumed run does again; a plain Trainer knows of none.
-            lines = [line for line in record.read() if line["step"] <= state.global_step and state.global_step > 0]
-            record.path.unlink()
-            for line in lines:
-                record.append(**line)
+        RunRecord(str(args.output_dir), enabled=is_main_process()).rewind(EVENT, state.global_step)
         if state.global_step == 0:
             self._measure(args, state, evaluation=0, **kwargs)
 

@@ -8,71 +8,26 @@ Shapes: L layers, H heads.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..core.files import write_atomic
 from .attention_comparison import Comparison
 from .attention_measurement import AttentionMeasurement, mean_without_nan
 from .attention_words import CATEGORIES, CONTENT, FUNCTION, Word, WordRules, row_spearman, split_words
+from .pictures import Row, new_figure, save_figure
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["draw_all", "plot_categories", "plot_entropy_change", "plot_idf", "plot_sentence", "write_csv"]
+__all__ = ["draw_all", "plot_categories", "plot_entropy_change", "plot_idf", "plot_sentence"]
 
 # Okabe and Ito's palette, which people with any kind of colour vision can tell apart; one colour for each category.
 COLORS = ("#0072B2", "#56B4E9", "#E69F00", "#999999", "#CC79A7")
 SINK_COLOR = "#444444"
 BLANK_COLOR = "#cccccc"
 LINE_CHARACTERS = 84
-DPI = 150
-
-Row = Sequence[object]
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Pictures need matplotlib, which is not installed: got none, expected the extra `plots`. "
-            'Install it with `pip install "hf_curriculum[plots]"`.'
-        ) from error
-    # The object alone, not pyplot: nothing global is touched and no window is opened.
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def write_csv(path: str | Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """
-    Writes a table.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-        columns (`Sequence[str]`):
-            First line.
-        rows (`Sequence[Sequence[object]]`):
-            The lines; floats with all their digits.
-    """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_atomic(path, lambda file: file.write(buffer.getvalue().encode()))
-
-
-def _save(figure: Figure, path: Path, columns: Sequence[str], rows: Sequence[Row]) -> Path:
-    write_csv(path.with_suffix(".csv"), columns, rows)
-    write_atomic(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
-    return path
 
 
 def _limit(values: np.ndarray) -> float:
@@ -101,7 +56,7 @@ def plot_entropy_change(comparison: Comparison, path: str | Path, title: str = "
     """
     panels = {"entropy": "all tokens", "entropy_rest": "first token left out"}
     layers, heads = comparison.heads["entropy"].shape
-    figure = _new_figure(2.6 + 2 * max(2.2, 0.42 * heads), 1.7 + max(2.2, 0.3 * layers))
+    figure = new_figure(2.6 + 2 * max(2.2, 0.42 * heads), 1.7 + max(2.2, 0.3 * layers))
     axes = figure.subplots(1, 2, sharey=True)
     limit = max(_limit(comparison.heads[name]) for name in panels)
     for axis, (name, label) in zip(axes, panels.items()):
@@ -119,7 +74,7 @@ def plot_entropy_change(comparison: Comparison, path: str | Path, title: str = "
         for layer in range(layers)
         for head in range(heads)
     ]
-    return _save(figure, Path(path), ("layer", "head", "entropy_change", "entropy_rest_change"), rows)
+    return save_figure(figure, Path(path), ("layer", "head", "entropy_change", "entropy_rest_change"), rows)
 
 
 def _title(what: str, models: str) -> str:
@@ -145,7 +100,7 @@ def plot_categories(comparison: Comparison, path: str | Path, title: str = "") -
         `ImportError`: without matplotlib.
     """
     layers = comparison.layers
-    figure = _new_figure(3.2 + 0.62 * len(layers), 5.6)
+    figure = new_figure(3.2 + 0.62 * len(layers), 5.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     places, width = np.arange(len(layers)), 0.38
     names = ["sink", *(f"mass_{name}" for name in CATEGORIES)]
@@ -175,7 +130,7 @@ def plot_categories(comparison: Comparison, path: str | Path, title: str = "") -
     bottom.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(_title("Where attention lies", title), fontsize=11)
     columns = ("layer", "category", "before", "after", "change", "low", "high")
-    return _save(figure, Path(path), columns, rows)
+    return save_figure(figure, Path(path), columns, rows)
 
 
 def _side(comparison: Comparison, name: str, side: str) -> np.ndarray:
@@ -233,7 +188,7 @@ def plot_sentence(
         old, new = (np.log2(values) for values in sides)
         panels = {"before": old, "after": new, "change": new - old}
     lines = _lines(text)
-    figure = _new_figure(9.5, 1.0 + 3 * (0.55 + 0.24 * len(lines)))
+    figure = new_figure(9.5, 1.0 + 3 * (0.55 + 0.24 * len(lines)))
     axes = figure.subplots(3, 1)
     limits = {name: 2.0 if name != "change" else _limit(values) for name, values in panels.items()}
     for axis, (name, values) in zip(axes, panels.items()):
@@ -255,7 +210,7 @@ def plot_sentence(
         for word, *values in zip(words, *sides, panels["change"])
     ]
     columns = ("character", "word", "category", "received_before", "received_after", "log2_change")
-    return _save(figure, Path(path), columns, rows)
+    return save_figure(figure, Path(path), columns, rows)
 
 
 def _draw_words(
@@ -307,7 +262,7 @@ def plot_idf(before: AttentionMeasurement, after: AttentionMeasurement, path: st
     Raises:
         `ImportError`: without matplotlib.
     """
-    figure = _new_figure(9.0, 4.2)
+    figure = new_figure(9.0, 4.2)
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     tables = [_by_word(measurement) for measurement in (before, after)]
     for axis, table, side in zip(axes, tables, ("before", "after")):
@@ -336,7 +291,7 @@ def plot_idf(before: AttentionMeasurement, after: AttentionMeasurement, path: st
         if word in tables[1]
     ]
     columns = ("word", "category", "count", "idf", "received_before", "received_after")
-    return _save(figure, Path(path), columns, rows)
+    return save_figure(figure, Path(path), columns, rows)
 
 
 def _by_word(measurement: AttentionMeasurement) -> dict[str, tuple[float, float, int, int]]:

@@ -81,7 +81,8 @@ def sum_over_ranks(values: np.ndarray, device: torch.device) -> np.ndarray:
     """
     if rank_and_world()[1] == 1:
         return values
-    on_device = torch.from_numpy(values).to(device)
+    # A copy: on the CPU the tensor would share the caller's memory, and the reduction is in place.
+    on_device = torch.from_numpy(values).to(device, copy=True)
     dist.all_reduce(on_device)
     return on_device.cpu().numpy()
 

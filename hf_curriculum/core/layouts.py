@@ -32,6 +32,9 @@ class Layout(Protocol):
     def local(self, parameter: nn.Parameter) -> torch.Tensor:
         """The tensor with this rank's live values; not a copy, and no part of the graph."""
 
+    def own(self, parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+        """The elements of `local` that are the parameter's: without padding. A view."""
+
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of the full tensor."""
 
@@ -58,6 +61,9 @@ class _WholeLayout:
 
     def local(self, parameter: nn.Parameter) -> torch.Tensor:
         return parameter.data
+
+    def own(self, parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+        return local
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
@@ -100,6 +106,10 @@ class _ZeroLayout:
     def local(self, parameter: nn.Parameter) -> torch.Tensor:
         partition: torch.Tensor = _zero(parameter).ds_tensor
         return partition.data
+
+    def own(self, parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+        start = dist.get_rank(_zero(parameter).ds_process_group) * local.numel()
+        return local[: max(0, self.full_shape(parameter).numel() - start)]
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         shape: torch.Size = _zero(parameter).ds_shape
@@ -170,6 +180,9 @@ class _ShardLayout:
         with torch.no_grad():
             shard: torch.Tensor = _as_dtensor(parameter).to_local()
         return shard
+
+    def own(self, parameter: nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+        return local
 
     def full_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape

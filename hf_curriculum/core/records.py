@@ -61,6 +61,21 @@ class RunRecord:
         elif self.enabled:
             self._write([line for line in self.read() if line["step"] <= step])
 
+    def rewind(self, event: str, step: int) -> None:
+        """
+        Drops what a new or resumed run of a plain Trainer does again; our trainers have done so for all events.
+
+        Args:
+            event (`str`):
+                Only lines of this kind.
+            step (`int`):
+                Optimizer steps done: later lines go, and all of them in a new run.
+        """
+        if self.enabled and self.path.is_file() and self.run_id is None:
+            self._write(
+                [line for line in self.read() if line["event"] != event or 0 < step >= line["step"]]
+            )  # fmt: skip
+
     def append(self, event: str, step: int, **values: Any) -> None:
         """
         Adds an event.

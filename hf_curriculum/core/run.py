@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from uuid import uuid4
 
 import numpy as np
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
-__all__ = ["RunEvents", "RunMixin", "bind_trainer_arguments"]
+__all__ = ["RunEvents", "RunMixin", "RunPart", "bind_trainer_arguments"]
 
 
 def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +113,21 @@ class RunEvents(TrainerCallback):
         self.run._end_stage(stage)
 
 
+@runtime_checkable
+class RunPart(Protocol):
+    """
+    What a callback offers to be a part of our trainers: two methods, both called on every rank.
+
+    It is attached when the trainer is built, and what it writes is inside the checkpoint when that is closed.
+    """
+
+    def attach(self, trainer: "Trainer") -> None:
+        """Called once, before the optimizer is created. May be called for any Trainer by its user."""
+
+    def write_run_files(self, folder: Path) -> None:
+        """Writes what a checkpoint must hold beside JSON values into its folder."""
+
+
 class RunMixin(Trainer):
     """
     Base of our trainer mixins, to stand before a [`~transformers.Trainer`] class in the list of bases.
@@ -144,6 +159,8 @@ class RunMixin(Trainer):
         self._resumed_from: Path | None = None
         self.add_callback(RunEvents(self))
         self._check_model()
+        for part in self._parts():
+            part.attach(self)
 
     def _check_model(self) -> None:
         """Refuses, or makes ready, what the Trainer was built with, before anything is measured on it."""
@@ -206,8 +223,19 @@ class RunMixin(Trainer):
         sampler = getattr(inner, "sampler", None)
         return len(sampler) if isinstance(sampler, RunSampler) else super().num_examples(dataloader)
 
+    def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
+        """Adds a callback, as the Trainer does; a [`RunPart`] is attached."""
+        super().add_callback(callback)
+        if isinstance(added := self.callback_handler.callbacks[-1], RunPart):
+            added.attach(self)
+
+    def _parts(self) -> list[RunPart]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunPart)]
+
     def _write_run_files(self, folder: Path) -> None:
         """Writes what a checkpoint must hold beside JSON values. Called on every rank, before [`_run_state`]."""
+        for part in self._parts():
+            part.write_run_files(folder)
 
     def _run_state(self) -> dict[str, Any]:
         """JSON values that a checkpoint must hold, one key per method. Called on every rank."""

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from transformers.trainer_utils import unwrap_peft_model
 
 from ..core.errors import invalid, unsupported
+from .absent import AbsentTaskGuard, freeze_absent_tasks, modules_with_task_blocks
 from .tasks import TaskRegistry
 
 
 __all__ = [
-    "Guard",
     "TaskAware",
     "gate_tables",
     "hold_absent_tasks",
@@ -41,24 +41,8 @@ class Gated(Protocol):
     def gate_table(self) -> dict[str, torch.Tensor]:
         """Gates by the name of the layer, `(T, E)` each."""
 
-
-class Guard(Protocol):
-    """What keeps absent tasks where they are."""
-
-    def remove(self) -> None:
-        """Ends it."""
-
-
-@runtime_checkable
-class HoldsAbsentTasks(Protocol):
-    """A tuner whose parameters belong to single tasks, as those of CGC-LoRA do."""
-
-    def freeze_absent_tasks(self, optimizer: Optimizer, *, strict: bool) -> Guard:
-        """Has an optimizer leave them alone while a task is absent."""
-
-
-def _holder(model: nn.Module) -> HoldsAbsentTasks | None:
-    return next((module for module in model.modules() if isinstance(module, HoldsAbsentTasks)), None)
+    def adapter_config(self) -> Any:
+        """Config of the active adapter, with `num_common_experts`."""
 
 
 def moves_absent_tasks(model: nn.Module, backend: DistributedType, wanted: bool | None) -> str | None:
@@ -80,10 +64,10 @@ def moves_absent_tasks(model: nn.Module, backend: DistributedType, wanted: bool 
         `ValueError`: if they should be held in a model without parameters of single tasks.
         `NotImplementedError`: if they should be held and the backend does not allow it.
     """
-    if _holder(model) is None:
+    if not modules_with_task_blocks(model):
         if wanted:
             raise invalid(
-                "multitask.hold_absent_tasks", True, "None for a model without experts of single tasks (CGC-LoRA)"
+                "multitask.hold_absent_tasks", True, "None for a model without experts or heads of single tasks"
             )
         return None
     if wanted is False or backend not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
@@ -95,12 +79,13 @@ def moves_absent_tasks(model: nn.Module, backend: DistributedType, wanted: bool 
             f"`multitask.hold_absent_tasks` under {name}", why, "Use DDP, or leave it unset and keep tasks mixed."
         )
     return (
-        f"Under {name}, momentum and weight decay also move the experts of tasks that a step has no row of: {why}. "
-        "With tasks mixed in every batch that is next to nothing; `weight_decay=0` leaves the momentum alone."
+        f"Under {name}, momentum and weight decay also move the experts and heads of tasks that a step has no row of: "
+        f"{why}. With tasks mixed in every batch that is next to nothing; with `weight_decay=0` momentum alone is "
+        "left, and a task that has had no row yet stays at its start."
     )
 
 
-def hold_absent_tasks(optimizer: Optimizer, model: nn.Module, wanted: bool | None) -> Guard | None:
+def hold_absent_tasks(optimizer: Optimizer, model: nn.Module, wanted: bool | None) -> AbsentTaskGuard | None:
     """
     Has an optimizer leave tasks alone that a step has no row of.
 
@@ -113,10 +98,12 @@ def hold_absent_tasks(optimizer: Optimizer, model: nn.Module, wanted: bool | Non
             None: with a word in place of an error for an optimizer whose state does not allow it.
 
     Returns:
-        [`Guard`], *optional*: None for a model without parameters of single tasks.
+        [`~hf_curriculum.multitask.absent.AbsentTaskGuard`], *optional*: None for a model without parameters of single
+        tasks.
     """
-    holder = _holder(model)
-    return None if holder is None else holder.freeze_absent_tasks(optimizer, strict=bool(wanted))
+    if not modules_with_task_blocks(model):
+        return None
+    return freeze_absent_tasks(optimizer, model, strict=bool(wanted))
 
 
 def model_tasks(model: object, peft_config: object = None) -> TaskRegistry | None:
@@ -184,8 +171,9 @@ def gate_tables(model: nn.Module) -> dict[str, Any] | None:
             The model, not wrapped for several processes.
 
     Returns:
-        `dict[str, list[list[float]]]`, *optional*: by the name of each adapted layer the gates of each task; None for
-        a model without gates that depend on the task alone, and where each process holds a part of them (ZeRO-3).
+        `dict[str, Any]`, *optional*: `layers`, by the name of each adapted layer the gates of each task, and
+        `common_experts`, which come first in them; None for a model without gates that depend on the task alone, and
+        where each process holds a part of them (ZeRO-3).
     """
     for module in model.modules():
         if isinstance(module, Gated) and isinstance(module, nn.Module):
@@ -194,5 +182,6 @@ def gate_tables(model: nn.Module) -> dict[str, Any] | None:
             partitioned = any(hasattr(parameter, "ds_id") for parameter in module.parameters())
             if by_token or partitioned:
                 return None
-            return {name: table.tolist() for name, table in module.gate_table().items()}
+            layers = {name: table.tolist() for name, table in module.gate_table().items()}
+            return {"layers": layers, "common_experts": module.adapter_config().num_common_experts}
     return None

@@ -40,10 +40,10 @@ class MultiTaskConfig:
             compute losses per token anyway ([`~transformers.Trainer`] on a language model), it costs a second pass
             over the logits.
         hold_absent_tasks (`bool`, *optional*):
-            Whether the experts of tasks that an optimizer step has no row of stay exactly where they are, whatever
-            momentum and weight decay say (CGC-LoRA). By default wherever that is possible: not under DeepSpeed and
-            FSDP, nor with optimizers whose state is no number per element, and a line says so. `True` makes an error
-            of that line.
+            Whether the experts (CGC-LoRA) and heads of tasks that an optimizer step has no row of stay exactly where
+            they are, whatever momentum and weight decay say. By default wherever that is possible: not under DeepSpeed
+            and FSDP, nor with optimizers whose state is no number per element, and a line says so. `True` makes an
+            error of that line.
 
     Raises:
         `ValueError`: for a value out of range, or one that does nothing beside the others.
@@ -80,7 +80,7 @@ class MultiTaskConfig:
     log_task_losses: bool = field(default=True, metadata={"help": "Log the training loss of each task."})
     hold_absent_tasks: bool | None = field(
         default=None,
-        metadata={"help": "Keep experts of tasks without a row in a step where they are. None: where possible."},
+        metadata={"help": "Keep experts and heads of tasks that a step has no row of. None: where possible."},
     )
 
     def __post_init__(self) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .task_head import PROBLEM_TYPES
+
 
 __all__ = ["POOLINGS", "HeadLayout", "pool", "row_losses"]
 
 POOLINGS = ("cls", "mean", "last")
-_KINDS = ("single_label_classification", "multi_label_classification", "regression")
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
@@ -71,8 +72,8 @@ class HeadLayout:
             ]
         )
         self._sizes = torch.tensor(sizes)
-        self._kinds = torch.tensor([_KINDS.index(kind) for _, kind, _ in heads])
-        guesses = {_KINDS[0]: math.log, _KINDS[1]: lambda _: math.log(2.0)}
+        self._kinds = torch.tensor([PROBLEM_TYPES.index(kind) for _, kind, _ in heads])
+        guesses = {PROBLEM_TYPES[0]: math.log, PROBLEM_TYPES[1]: lambda _: math.log(2.0)}
         self._guesses = torch.tensor(
             [guesses[kind](size) if kind in guesses else scale**2 for size, kind, scale in heads], dtype=torch.float32
         )

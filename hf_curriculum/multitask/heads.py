@@ -9,72 +9,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..core.errors import invalid, unsupported
-from ..core.files import write_atomic
+from .absent import TaskBlocks, task_owners
 from .aware import model_tasks, takes_tasks
+from .head_files import EXPECTED, load_backbone, read_head_files, write_head_files
 from .head_math import POOLINGS, HeadLayout, pool, row_losses
+from .task_head import IGNORED, PROBLEM_TYPES, TaskHead, label_values, prediction
 from .tasks import TaskRegistry, Tasks
 
 
-__all__ = ["PROBLEM_TYPES", "MultiTaskHeads", "TaskHead"]
-
-PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-CONFIG_NAME, WEIGHTS_NAME = "task_heads.json", "task_heads.safetensors"
-# What marks a label as missing, in every kind of task.
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class TaskHead:
-    """
-    What the head of one task predicts.
-
-    Args:
-        num_labels (`int`):
-            C_t: classes, or numbers to predict. At least 2 classes of which one is right, else at least 1.
-        problem_type (`str`, *optional*, defaults to `"single_label_classification"`):
-            As in transformers: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
-        id2label (`tuple[str, ...]`, *optional*):
-            Names of the classes in the order of their ids, all different.
-        target_scale (`float`, *optional*, defaults to `1.0`):
-            Of a regression: the spread of its targets (their standard deviation), above 0. Squared errors are divided
-            by its square in the loss.
-
-    Raises:
-        `ValueError`: for a value out of range, or one that does nothing beside the others.
-    """
-
-    num_labels: int
-    problem_type: str = "single_label_classification"
-    id2label: tuple[str, ...] | None = None
-    target_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.problem_type not in PROBLEM_TYPES:
-            raise invalid("problem_type", self.problem_type, f"one of {', '.join(PROBLEM_TYPES)}")
-        least = 2 if self.problem_type == PROBLEM_TYPES[0] else 1
-        if isinstance(self.num_labels, bool) or not isinstance(self.num_labels, int) or self.num_labels < least:
-            raise invalid("num_labels", self.num_labels, f"an integer >= {least} for a {self.problem_type}")
-        if self.id2label is not None:
-            names = tuple(self.id2label)
-            if len(names) != self.num_labels or len(set(names)) != len(names):
-                raise invalid("id2label", names, f"{self.num_labels} different names, one for each class")
-            object.__setattr__(self, "id2label", names)
-        if not 0 < self.target_scale < float("inf"):
-            raise invalid("target_scale", self.target_scale, "a float > 0")
-        if self.target_scale != 1.0 and self.problem_type != "regression":
-            raise invalid("target_scale", self.target_scale, "1.0 except for a regression")
+__all__ = ["MultiTaskHeads"]
 
 
 class MultiTaskHeads(nn.Module):
@@ -83,8 +36,9 @@ class MultiTaskHeads(nn.Module):
 
     All heads are rows of one matrix, so that a batch of mixed tasks takes one product, no loop over rows and no
     waiting for the device; each row then picks the outputs of its own task. Every head is in every graph, as DDP and
-    ZeRO need it: one whose task is absent from a batch gets a gradient of zero, on which momentum and weight decay
-    still act.
+    ZeRO need it: one whose task is absent from a batch gets a gradient of zero, and
+    [`~hf_curriculum.multitask.absent.freeze_absent_tasks`], which the trainers of this package call, keeps momentum
+    and weight decay from moving it.
 
     The loss is the mean over the labelled rows, so a task weighs as many rows as it has in the batch (the sampler's
     business), of each row's loss in units of an uninformed guess, so that no task weighs more for the number or kind
@@ -111,7 +65,8 @@ class MultiTaskHeads(nn.Module):
 
     ```python
     >>> from transformers import AutoModel
-    >>> from hf_curriculum.multitask.heads import MultiTaskHeads, TaskHead
+    >>> from hf_curriculum.multitask.heads import MultiTaskHeads
+    >>> from hf_curriculum.multitask.task_head import TaskHead
 
     >>> backbone = AutoModel.from_pretrained("bert-base-uncased")  # doctest: +SKIP
     >>> heads = {"topic": TaskHead(4), "tags": TaskHead(9, "multi_label_classification")}
@@ -126,7 +81,12 @@ class MultiTaskHeads(nn.Module):
     accepts_loss_kwargs = False
 
     def __init__(
-        self, backbone: PreTrainedModel, heads: Mapping[str, TaskHead], *, pooling: str, dropout: float = 0.1
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        heads: Mapping[str, TaskHead],
+        *,
+        pooling: str,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         if not heads or not all(isinstance(head, TaskHead) for head in heads.values()):
@@ -157,11 +117,18 @@ class MultiTaskHeads(nn.Module):
         nn.init.normal_(self.classifier.weight, std=getattr(backbone.config, "initializer_range", 0.02))
         nn.init.zeros_(self.classifier.bias)
         first = next(backbone.parameters())
-        self.classifier.to(device=first.device, dtype=first.dtype if first.is_floating_point() else None)
+        # Not in 16 bits, in which small updates round to nothing; PEFT keeps its adapters in float32 likewise.
+        dtype = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else torch.float32
+        self.classifier.to(device=first.device, dtype=dtype)
 
     def registry(self) -> TaskRegistry:
         """The tasks: names and ids."""
         return self._registry
+
+    def task_blocks(self) -> tuple[int, list[TaskBlocks]]:
+        """T, and the rows of the heads that belong to single tasks: all."""
+        owners = task_owners([head.num_labels for head in self.heads.values()], len(self.heads))
+        return len(self.heads), [TaskBlocks(parameter, owners) for parameter in self.classifier.parameters()]
 
     def forward(
         self,
@@ -185,7 +152,7 @@ class MultiTaskHeads(nn.Module):
             labels (`torch.Tensor` of shape `(B,)` or `(B, K)`, *optional*):
                 As [`encode_label`] makes them; -100 where a row has none.
             tasks (`str`, `int`, `Sequence` or `torch.Tensor`):
-                Task of each row, or of all.
+                Task of each row, or of all. May be left out where there is one head.
             **inputs:
                 Passed on to the backbone.
 
@@ -194,14 +161,21 @@ class MultiTaskHeads(nn.Module):
             number where a task has fewer outputs; `loss`, a scalar, with labels.
 
         Raises:
-            `ValueError`: without tasks, or for unknown ones.
+            `ValueError`: without tasks, or for unknown or reserved ones (`"common"`, `"uniform"`).
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids, **inputs}
         given = {name: value for name, value in given.items() if value is not None}
         rows = input_ids if input_ids is not None else inputs["inputs_embeds"]
+        if tasks is None and len(self.heads) == 1:
+            tasks = 0
         if tasks is None:
             raise invalid("tasks", None, "the task of each row", f"Tasks: {', '.join(self._registry)}.")
-        ids = self._registry.ids(tasks, batch_size=rows.shape[0]).to(rows.device)
+        ids = self._registry.ids(tasks, batch_size=rows.shape[0])
+        # Where this costs no waiting for a device; trainers look at all rows before training.
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and (ids < 0).any():
+            one_of = f"one of {', '.join(self._registry)}"
+            raise invalid("tasks", "common or uniform", one_of, "Heads are of one task.")
+        ids = ids.to(rows.device)
         if ids.dim() == 2:
             raise unsupported(
                 "A task per token with task heads", "rows of a flattened batch cannot be told apart", "Pad the batch."
@@ -261,20 +235,13 @@ class MultiTaskHeads(nn.Module):
             with -100.
 
         Raises:
-            `ValueError`: for a class that the task does not have.
+            `ValueError`: for a class that the task does not have, or numbers that are no targets.
         """
-        head = self.heads[self._registry.name(self._registry.id(task))]
-        if label is None:
-            values: list[float] = [IGNORED]
-        elif head.problem_type == "regression":
-            values = [float(number) for number in (label if isinstance(label, list | tuple) else [label])]
-            if len(values) != head.num_labels:
-                raise invalid("label", label, f"{head.num_labels} numbers")
-        elif head.problem_type == "multi_label_classification":
-            chosen = {_class_id(head, name) for name in label}
-            values = [float(number in chosen) for number in range(head.num_labels)]
-        else:
-            values = [_class_id(head, label)]
+        name = self._registry.name(self._registry.id(task))
+        if name not in self.heads:
+            raise invalid("task", task, f"one of {', '.join(self.heads)}")
+        head = self.heads[name]
+        values = [float(IGNORED)] if label is None else label_values(head, label)
         if self.label_width is None:
             return values[0] if head.problem_type == "regression" else int(values[0])
         padding = self.label_width - len(values)
@@ -294,87 +261,129 @@ class MultiTaskHeads(nn.Module):
             `list` of length B: a class (its name where there are names); a list of classes of probability above 1/2
             (multi-label); a list of C_t numbers (regression).
         """
-        found: list[Any] = []
-        for row, task in zip(logits.float().cpu(), self._registry.ids(tasks, len(logits)).tolist(), strict=True):
-            head = self.heads[self._registry.name(task)]
-            own = row[: head.num_labels]
-            names: tuple[str | int, ...] = head.id2label or tuple(range(head.num_labels))
-            if head.problem_type == "regression":
-                found.append(own.tolist())
-            elif head.problem_type == "multi_label_classification":
-                found.append([names[number] for number, logit in enumerate(own.tolist()) if logit > 0])
-            else:
-                found.append(names[int(own.argmax())])
-        return found
+        ids = self._registry.ids(tasks, len(logits)).tolist()
+        rows = logits.float().cpu()
+        return [prediction(self.heads[self._registry.name(task)], row) for row, task in zip(rows, ids, strict=True)]
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Passed on to the backbone."""
         self.backbone.gradient_checkpointing_enable(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """
         Writes the backbone (or its adapter), `task_heads.safetensors` and, last, `task_heads.json`.
 
         Args:
             folder (`str` or `os.PathLike`):
                 The folder.
+            state_dict (`Mapping[str, torch.Tensor]`, *optional*):
+                The weights of this model by name, where its parameters do not hold them whole (ZeRO-3).
+            is_main_process (`bool`, *optional*, defaults to `True`):
+                Whether this process writes.
             **kwargs:
                 Passed on to the backbone's `save_pretrained`.
         """
-        target = Path(folder)
-        self.backbone.save_pretrained(target, **kwargs)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.classifier.state_dict().items()}
-        settings = {
-            "pooling": self.pooling,
-            "dropout": self.dropout.p,
-            "heads": {name: asdict(head) for name, head in self.heads.items()},
-        }
-        write_atomic(target / WEIGHTS_NAME, lambda file: file.write(save(tensors)))
-        write_atomic(target / CONFIG_NAME, lambda file: file.write(json.dumps(settings, indent=2).encode()))
+        if state_dict is not None:
+            kwargs["state_dict"] = _below("backbone.", state_dict)
+        self.backbone.save_pretrained(str(folder), is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            tensors = self.classifier.state_dict() if state_dict is None else _below("classifier.", state_dict)
+            write_head_files(folder, self._settings(self.heads), tensors)
+
+    def save_head(self, task: str, folder: str | os.PathLike[str]) -> None:
+        """
+        Writes the head of one task alone, for [`from_pretrained`] over a backbone that is adapted to that task.
+
+        Args:
+            task (`str`):
+                Name of the task.
+            folder (`str` or `os.PathLike`):
+                The folder, which gets `task_heads.safetensors` and `task_heads.json`.
+
+        Raises:
+            `ValueError`: for an unknown task.
+        """
+        if task not in self.heads:
+            raise invalid("task", task, f"one of {', '.join(self.heads)}")
+        start = sum(head.num_labels for head in list(self.heads.values())[: self._registry.id(task)])
+        own = slice(start, start + self.heads[task].num_labels)
+        tensors = {name: value[own] for name, value in self.classifier.state_dict().items()}
+        write_head_files(folder, self._settings({task: self.heads[task]}), tensors)
+
+    def _settings(self, heads: Mapping[str, TaskHead]) -> dict[str, Any]:
+        described = {name: asdict(head) for name, head in heads.items()}
+        return {"pooling": self.pooling, "dropout": self.dropout.p, "heads": described}
+
+    def load_heads(self, folder: str | os.PathLike[str]) -> None:
+        """
+        Reads the weights of the heads, not of the backbone, into this model.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                A folder that [`save_pretrained`] wrote from heads like these.
+
+        Raises:
+            `ValueError`: if a file is missing or unreadable, or its heads are others.
+        """
+        settings, tensors = read_head_files(folder)
+        ours: dict[str, Any] = json.loads(json.dumps(self._settings(self.heads)))["heads"]
+        theirs = settings.get("heads")
+        if theirs != ours or list(theirs) != list(ours):
+            raise invalid("folder", f"{folder}, with other heads than the model", f"heads {list(self.heads)} as here")
+        try:
+            self.classifier.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise invalid("folder", f"{folder}, which cannot be read ({error})", EXPECTED) from error
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], backbone: PreTrainedModel | None = None
+        cls, folder: str | os.PathLike[str], backbone: PreTrainedModel | PeftModel | None = None
     ) -> MultiTaskHeads:
         """
-        Reads what [`save_pretrained`] wrote.
+        Reads what [`save_pretrained`], a trainer, or [`~hf_curriculum.export_task_adapters`] wrote for one task.
 
         Args:
             folder (`str` or `os.PathLike`):
                 The folder.
             backbone ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-                The backbone with its weights. Needed where the folder holds an adapter alone; by default it is loaded
-                from the folder.
+                The backbone with its weights. By default it is loaded from the folder; where that holds an adapter
+                alone, over the base model that the adapter names.
 
         Returns:
             [`MultiTaskHeads`]: in evaluation mode.
 
         Raises:
-            `ValueError`: if a file is missing or unreadable, or the weights do not fit.
+            `ValueError`: if a file is missing or unreadable, the weights do not fit, or no base model is named.
+
+        Example:
+
+        ```python
+        >>> from hf_curriculum.multitask.heads import MultiTaskHeads
+
+        >>> model = MultiTaskHeads.from_pretrained("export/topic")  # doctest: +SKIP
+        >>> model.decode(model(input_ids=ids, attention_mask=mask).logits, "topic")  # doctest: +SKIP
+        ['sport', 'art']
+        ```
         """
-        source = Path(folder)
-        expected = "a folder written by `MultiTaskHeads.save_pretrained`"
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (source / name).is_file():
-                raise invalid("folder", f"{source}, which has no {name}", expected)
+        settings, tensors = read_head_files(folder)
         if backbone is None:
-            if not (source / "config.json").is_file():
-                raise invalid("backbone", None, "the adapted model, since the folder holds an adapter alone")
-            backbone = AutoModel.from_pretrained(source)
+            backbone = load_backbone(folder)
         try:
-            settings = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
             heads = {name: TaskHead(**values) for name, values in settings["heads"].items()}
             model = cls(backbone, heads, pooling=settings["pooling"], dropout=settings["dropout"])
-            model.classifier.load_state_dict(load_file(source / WEIGHTS_NAME))
-        except (OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise invalid("folder", f"{source}, which cannot be read ({error})", expected) from error
+            model.classifier.load_state_dict(tensors)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise invalid("folder", f"{folder}, which cannot be read ({error})", EXPECTED) from error
         return model.eval()
 
 
-def _class_id(head: TaskHead, label: Any) -> int:
-    names = head.id2label or ()
-    if isinstance(label, str) and label in names:
-        return names.index(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < head.num_labels:
-        return label
-    raise invalid("label", label, f"one of {', '.join(names)}" if names else f"a class in [0, {head.num_labels})")
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,15 @@ from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..core.console import say, show_table
 from ..core.errors import invalid
 from ..core.run import RunMixin, bind_trainer_arguments
 from ..core.stages import Stage, StageDriver
 from ..core.state import check_same
+from .absent import AbsentTaskGuard
 from .aware import (
-    Guard,
     gate_tables,
     hold_absent_tasks,
     ignore_tasks,
@@ -31,6 +33,7 @@ from .collator import MultiTaskCollator
 from .config import MultiTaskConfig
 from .epochs import epoch_stages
 from .heads import MultiTaskHeads
+from .labels import check_labels
 from .loss_watch import TaskLossWatch
 from .packing import pack_with_tasks
 from .rows import check_rows, inferred_names, parts, row_task_ids
@@ -55,7 +58,8 @@ class MultiTaskMixin(RunMixin):
     and `batches` must be left alone. Under TRL's packing, packs are what is drawn and counted: with proportional
     sampling in mixed batches tasks share packs, and otherwise each pack is of one task.
 
-    With CGC-LoRA, tasks that an optimizer step has no row of stay where they are, on one process and under DDP.
+    The experts (CGC-LoRA) and heads of tasks that an optimizer step has no row of stay where they are, on one process
+    and under DDP.
 
     The logs get `<task>_loss`, the mean over the labels of each task on all processes since the last log, and
     evaluation gets `eval_<task>_loss`, over all its rows.
@@ -81,7 +85,7 @@ class MultiTaskMixin(RunMixin):
         `NotImplementedError`: likewise, for streaming.
     """
 
-    _absent_tasks: Guard | None = None
+    _absent_tasks: AbsentTaskGuard | None = None
 
     def __init__(self, *args: Any, multitask: MultiTaskConfig | None = None, **kwargs: Any) -> None:
         check_bases(type(self), MultiTaskMixin)
@@ -94,8 +98,11 @@ class MultiTaskMixin(RunMixin):
         check_rows(arguments.get("train_dataset"), arguments.get("eval_dataset"), self.multitask.task_column)
         self.task_registry = self._find_registry(arguments)
         check_names(self.task_registry)
-        for _, rows in parts(arguments["train_dataset"], arguments.get("eval_dataset")):
-            row_task_ids(rows, self.multitask.task_column, self.task_registry)
+        model = arguments.get("model")
+        for name, rows in parts(arguments["train_dataset"], arguments.get("eval_dataset")):
+            ids = row_task_ids(rows, self.multitask.task_column, self.task_registry)
+            if isinstance(model, MultiTaskHeads):
+                check_labels(model.heads, rows, ids, name)
         arguments["args"] = copy.copy(arguments.get("args"))
         super().__init__(**arguments)
         self._task_ids = self._row_groups()
@@ -292,6 +299,34 @@ class MultiTaskMixin(RunMixin):
 
     # State and record
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # The Trainer knows no model but those of transformers and PEFT: of heads it would write all weights, those of
+        # the frozen backbone too, and nothing that says what they are.
+        heads: nn.Module = self.model
+        if not isinstance(heads, MultiTaskHeads):
+            super()._save(output_dir, state_dict)
+            return
+        target = Path(str(self.args.output_dir) if output_dir is None else output_dir)
+        # What lies beside the weights is the Trainer's to write, under a weight file without a tensor.
+        super()._save(output_dir, state_dict={})
+        if self.args.should_save:
+            (target / SAFE_WEIGHTS_NAME).unlink()
+            heads.save_pretrained(target, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        heads = self.model if model is None else model
+        if isinstance(heads, MultiTaskHeads) and not self.is_fsdp_enabled:
+            heads.load_heads(resume_from_checkpoint)
+            model = heads.backbone
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        heads: nn.Module = self.model
+        if isinstance(heads, MultiTaskHeads) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def _planned(self) -> dict[str, tuple[object, object]]:
         planned = super()._planned()
         if (sampler := self.task_sampler) is not None:
@@ -351,4 +386,4 @@ class MultiTaskMixin(RunMixin):
     def _end_run(self) -> None:
         super()._end_run()
         if (gates := gate_tables(self.model)) is not None:
-            self.record.append("gates", self.state.global_step, names=list(self.task_registry), layers=gates)
+            self.record.append("gates", self.state.global_step, names=list(self.task_registry), **gates)

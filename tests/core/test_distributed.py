@@ -28,7 +28,9 @@ SCRIPT = """
     assert world == 2
     say(f"said by {rank}")
     assert on_main_process(lambda: f"from {rank}") == "from 0"
-    assert sum_over_ranks(np.array([rank + 1.0, 10.0]), torch.device("cpu")).tolist() == [3.0, 20.0]
+    values = np.array([rank + 1.0, 10.0])
+    assert sum_over_ranks(values, torch.device("cpu")).tolist() == [3.0, 20.0]
+    assert values.tolist() == [rank + 1.0, 10.0]
 
     def fail():
         raise OSError(28, "disk full")

@@ -33,4 +33,5 @@ def test_every_private_name_of_the_trainers_that_is_used_is_listed(repository: P
                 used.add(node.attr)
             if isinstance(node, ast.ClassDef):
                 used |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)} & private
-    assert used == {name.rsplit(".", 1)[1] for name in PRIVATE_SEAMS}
+    of_trainers = (name for name in PRIVATE_SEAMS if name.startswith(("transformers.", "trl.")))
+    assert used == {name.rsplit(".", 1)[1] for name in of_trainers}

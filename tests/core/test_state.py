@@ -104,3 +104,25 @@ def test_record_of_another_rank_writes_nothing(tmp_path):
     record.resume("id", 0)
     assert os.listdir(tmp_path) == []
     assert record.run_id is None
+
+
+def test_rewinding_drops_what_a_plain_trainer_does_again_of_one_event_alone(tmp_path):
+    record = RunRecord(tmp_path)
+    record.rewind("layers", 3)
+    assert not record.path.exists()
+    for step in (1, 3, 5):
+        record.append("layers", step)
+        record.append("attention", step)
+    record.rewind("layers", 3)
+    assert [line["step"] for line in record.read("layers")] == [1, 3]
+    assert [line["step"] for line in record.read("attention")] == [1, 3, 5]
+    record.rewind("layers", 0)
+    assert record.read("layers") == []
+
+
+def test_rewinding_leaves_the_record_of_our_trainers_alone(tmp_path):
+    record = RunRecord(tmp_path)
+    record.start("a run")
+    record.append("layers", 5)
+    record.rewind("layers", 0)
+    assert [line["event"] for line in record.read()] == ["run", "layers"]

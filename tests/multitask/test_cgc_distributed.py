@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from hf_curriculum.core.distributed import end_processes
 from hf_curriculum.multitask.cgc_lora import CGCLoraConfig
-from hf_curriculum.multitask.cgc_lora.absent import freeze_absent_tasks
+from hf_curriculum.multitask.absent import freeze_absent_tasks
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--twin")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_curriculum.multitask.absent import freeze_absent_tasks
 from hf_curriculum.multitask.cgc_lora import CGCLoraConfig
 from hf_curriculum.multitask.cgc_lora import experts as experts_module
-from hf_curriculum.multitask.cgc_lora.absent import freeze_absent_tasks
 from hf_curriculum.multitask.cgc_lora.experts import CGCExperts
 from hf_curriculum.multitask.cgc_lora.state import TaskBatch, resolve_tasks
 
@@ -332,7 +332,7 @@ def test_a_first_step_leaves_absent_tasks_at_their_start() -> None:
 
 def test_guard_refuses_what_it_cannot_keep() -> None:
     _, experts = make("task")
-    with pytest.raises(ValueError, match="a model with CGC-LoRA experts"):
+    with pytest.raises(ValueError, match="a model with CGC-LoRA experts or task heads"):
         freeze_absent_tasks(OPTIMIZERS["sgd"](experts.parameters()), torch.nn.Linear(2, 2))
     with pytest.raises(NotImplementedError, match="flattened or sharded copies"):
         freeze_absent_tasks(OPTIMIZERS["sgd"](torch.nn.Linear(2, 2).parameters()), experts)

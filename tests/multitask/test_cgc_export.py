@@ -166,6 +166,16 @@ def test_truncation_equals_the_singular_values_of_the_product(shape: tuple[int, 
         truncate_rank(down, up, 0)
 
 
+def test_a_linear_narrower_than_the_rank_is_filled_with_zeros() -> None:
+    # Four outputs have four singular values, and the adapter one rank for all of its linears.
+    down, up = torch.randn(9, 7, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    new_down, new_up, error = truncate_rank(down, up, 6)
+    assert new_down.shape == (6, 7)
+    assert new_up.shape == (4, 6)
+    assert error == 0.0
+    torch.testing.assert_close(new_up @ new_down, up @ down)
+
+
 def test_padding_keeps_the_update() -> None:
     down, up = torch.randn(6, 4), torch.randn(5, 6)
     padded_down, padded_up = pad_rank(down, up, 8)

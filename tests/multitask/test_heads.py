@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, T5Confi
 from hf_curriculum.multitask.cgc_lora.config import CGCLoraConfig
 from hf_curriculum.multitask.config import MultiTaskConfig
 from hf_curriculum.multitask.head_math import HeadLayout, pool, row_losses
-from hf_curriculum.multitask.heads import MultiTaskHeads, TaskHead
+from hf_curriculum.multitask.heads import MultiTaskHeads
 from hf_curriculum.multitask.labels import heads_of_labels
+from hf_curriculum.multitask.task_head import TaskHead
 from hf_curriculum.trainers import MultiTaskTrainer
 
 
@@ -155,6 +157,13 @@ def test_only_heads_of_the_batch_get_a_gradient():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
+def test_the_only_head_needs_no_task():
+    model = heads_over(encoder(), heads={"mood": TaskHead(2)})
+    inputs, _, _ = batch()
+    del inputs["tasks"]
+    assert torch.equal(model(**inputs).logits, model(**inputs, tasks="mood").logits)
+
+
 def test_tasks_by_name_by_id_and_for_all_rows_are_the_same():
     model = heads_over(encoder())
     inputs, _, _ = batch()
@@ -171,6 +180,8 @@ def test_labels_are_encoded_and_predictions_decoded():
     assert model.encode_label("tags", [0, 3]) == [1.0, 0.0, 0.0, 1.0]
     assert model.encode_label("score", [0.5, -1.0]) == [0.5, -1.0, -100.0, -100.0]
     assert model.encode_label("mood", None) == [-100.0] * 4
+    assert model.encode_label("mood", np.int64(1)) == [1.0, -100.0, -100.0, -100.0]
+    assert model.encode_label("tags", []) == [0.0] * 4
     low = torch.finfo(torch.float32).min
     logits = torch.tensor([[0, 1, 2, low], [1, -1, 2, -2.0], [0.5, 2, low, low], [3, 2, low, low]])
     assert model.decode(logits, ["topic", "tags", "score", "mood"]) == ["sport", [0, 2], [0.5, 2.0], 0]
@@ -308,14 +319,43 @@ def test_single_labels_train_with_accumulation_like_one_large_batch():
         (lambda: heads_over(encoder())(torch.ones(1, 2, dtype=torch.int64)), "`tasks`: got None"),
         (lambda: heads_over(encoder())(torch.ones(1, 2, dtype=torch.int64), tasks="who"), "got who"),
         (lambda: heads_over(encoder())(torch.ones(1, 2, dtype=torch.int64), tasks=[0, 1]), "got 2 tasks"),
+        (lambda: heads_over(encoder())(torch.ones(1, 2, dtype=torch.int64), tasks="common"), "Heads are of one task"),
+        (lambda: heads_over(encoder()).encode_label("uniform", 1), "`task`: got uniform"),
         (lambda: heads_over(encoder()).encode_label("topic", "love"), "`label`: got love, expected one of war"),
         (lambda: heads_over(encoder()).encode_label("mood", 2), "`label`: got 2, expected a class in \\[0, 2\\)"),
         (lambda: heads_over(encoder()).encode_label("score", 1.0), "`label`: got 1.0, expected 2 numbers"),
+        (lambda: heads_over(encoder()).encode_label("score", [1.0, math.nan]), "expected finite numbers"),
+        (lambda: heads_over(encoder()).encode_label("score", [-100, 1.0]), "which marks a missing label"),
+        (lambda: heads_over(encoder()).encode_label("tags", "war"), "got war, expected a list of the classes"),
+        (lambda: heads_over(encoder()).encode_label("tags", 3), "got 3, expected a list of the classes"),
+        (lambda: heads_over(encoder()).encode_label("mood", True), "`label`: got True"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "message"),
+    [
+        ("topic", [3.0, -100, -100, -100], r"labels \[3.0, .* in row 1, of task topic"),
+        ("topic", [0.5, -100, -100, -100], "of task topic"),
+        ("mood", [-1.0, -100, -100, -100], "of task mood"),
+        ("tags", [1.0, 0.0, 2.0, 0.0], "of task tags"),
+        ("tags", [1.0, 0.0, 0.0, -100.0], "of task tags"),
+        ("score", [1.0, math.inf, -100, -100], "of task score"),
+        ("common", [0.0, -100, -100, -100], "row 1 of no single task"),
+        ("mood", [1.0], "no table of numbers"),
+    ],
+)
+def test_labels_that_a_head_does_not_have_are_refused_before_training(task, label, message):
+    good = [0.0, 1.0, 1.0, 0.0]
+    rows = Dataset.from_dict({"input_ids": [[1, 2]] * 2, "labels": [good, label], "task": ["tags", task]})
+    for which in ("train_dataset", "eval_dataset"):
+        both = {"train_dataset": rows.select([0]), "eval_dataset": rows.select([0]), which: rows}
+        with pytest.raises(ValueError, match=f"`{which}`: got.*{message}"):
+            MultiTaskTrainer(model=heads_over(encoder()), args=TrainingArguments(**CPU), **both)
 
 
 def test_encoder_decoders_and_flattened_batches_are_refused():
@@ -333,6 +373,8 @@ def test_encoder_decoders_and_flattened_batches_are_refused():
         (lambda folder: (folder / "task_heads.safetensors").write_bytes(b"0"), "cannot be read"),
         (lambda folder: (folder / "task_heads.json").write_text("{}"), "cannot be read"),
         (lambda folder: (folder / "task_heads.json").write_text("[]"), "cannot be read"),
+        (lambda folder: (folder / "task_heads.json").write_text('{"pooling": "me'), "cannot be read"),
+        (lambda folder: (folder / "task_heads.json").write_bytes(b"\xff"), "cannot be read"),
     ],
 )
 def test_damaged_folders_are_refused(tmp_path, damage, message):

@@ -1,62 +1,34 @@
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import DistributedType
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     TrainerCallback,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from hf_curriculum import CurriculumConfig, CurriculumMixin, DistillationConfig, DistillationMixin
-from hf_curriculum.demo.corpus import generate_corpus
-from hf_curriculum.demo.model import build_tokenizer
-from hf_curriculum.multitask.aware import moves_absent_tasks, takes_tasks
-from hf_curriculum.multitask.cgc_lora.config import CGCLoraConfig
+from hf_curriculum.multitask.aware import takes_tasks
 from hf_curriculum.multitask.config import MultiTaskConfig
 from hf_curriculum.multitask.epochs import epoch_stages
-from hf_curriculum.multitask.mixin import MultiTaskMixin
 from hf_curriculum.multitask.task_losses import ItemLosses, item_losses, sums_by_task
 from hf_curriculum.trainers import MultiTaskSFTTrainer, MultiTaskTrainer
 
 
-NAMES = ["sum", "sort", "echo"]
-CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "output_dir": "out"}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-def language_model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
-
-
-def text_rows(count=24, seed=0, names=NAMES):
-    corpus = generate_corpus(count, seed=seed)
-    tasks = [names[min(index % 5, 2)] for index in range(count)]
-    return Dataset.from_dict({"prompt": corpus["prompt"], "completion": corpus["completion"], "task": tasks})
+# A neighbour's file: with `--import-mode=importlib` the tests' folders are on no path.
+_spec = importlib.util.spec_from_file_location("task_runs", Path(__file__).with_name("task_runs.py"))
+runs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runs)
+CPU, NAMES, cgc, language_model = runs.CPU, runs.NAMES, runs.cgc, runs.language_model
+row_task_pairs, seen_batches, text_rows = runs.row_task_pairs, runs.seen_batches, runs.text_rows
 
 
 def token_rows(tokenizer, count=24):
@@ -65,52 +37,6 @@ def token_rows(tokenizer, count=24):
     ids = [tokenizer(text).input_ids[:24] for text in texts]
     ids = [row + [tokenizer.eos_token_id] * (24 - len(row)) for row in ids]
     return Dataset.from_dict({"input_ids": ids, "labels": ids, "task": rows["task"]})
-
-
-def cgc(**options):
-    return CGCLoraConfig(task_names=NAMES, init_weights=False, task_type="CAUSAL_LM", **options)
-
-
-@pytest.fixture
-def build(tokenizer):
-    def make(
-        args=None, multitask=None, rows=None, eval_rows=None, peft_config=None, cls=MultiTaskSFTTrainer, **kwargs
-    ):
-        settings = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "logging_steps": 1, "max_length": 160}
-        return cls(
-            model=kwargs.pop("model", None) or language_model(tokenizer),
-            args=SFTConfig(**{**CPU, "bf16": False, "gradient_checkpointing": False, **settings, **(args or {})}),
-            train_dataset=text_rows() if rows is None else rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            multitask=MultiTaskConfig(**(multitask or {})),
-            **kwargs,
-        )
-
-    return make
-
-
-def seen_batches(trainer):
-    """Every batch as the model's caller gets it."""
-    seen = []
-    original = trainer.training_step
-
-    def step(model, inputs, *args, **kwargs):
-        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
-        return original(model, inputs, *args, **kwargs)
-
-    trainer.training_step = step
-    trainer.train()
-    return seen
-
-
-def row_task_pairs(trainer):
-    registry = trainer.task_registry
-    return {
-        tuple(ids): registry.id(task)
-        for ids, task in zip(trainer.train_dataset["input_ids"], trainer.train_dataset["task"], strict=True)
-    }
 
 
 def naive_losses(trainer, rows, tasks):
@@ -445,228 +371,6 @@ def test_a_changed_data_set_is_refused(build):
     trainer.train_dataset = trainer.train_dataset.select(range(8))
     with pytest.raises(ValueError, match="`train_dataset`: got 8, expected 24"):
         trainer.train()
-
-
-# Beside other mixins
-
-
-class CurriculumMultiTaskTrainer(MultiTaskMixin, CurriculumMixin, SFTTrainer):
-    pass
-
-
-def test_a_curriculum_decides_the_order_and_tasks_travel_along(build):
-    trainer = build(
-        {"num_train_epochs": 2},
-        cls=CurriculumMultiTaskTrainer,
-        peft_config=cgc(),
-        eval_rows=text_rows(8, seed=2),
-        curriculum=CurriculumConfig(scorer="loss", num_levels=2, use_cache=False),
-    )
-    assert trainer.task_sampler is None
-    of_row = row_task_pairs(trainer)
-    position = {tuple(ids): row for row, ids in enumerate(trainer.train_dataset["input_ids"])}
-    drawn = []
-    for batch in seen_batches(trainer):
-        for ids, mask, task in zip(batch["input_ids"], batch["attention_mask"], batch["tasks"], strict=True):
-            drawn.append(position[tuple(ids[mask.bool()].tolist())])
-            assert of_row[tuple(ids[mask.bool()].tolist())] == task
-    assert drawn == trainer.curriculum_plan.indices.tolist()
-    assert "eval_level_0_loss" in trainer.evaluate_levels()
-    assert any(key.startswith("eval_level_0_") and key.endswith("sum_loss") for key in trainer.evaluate_levels())
-
-
-@pytest.mark.parametrize("multitask", [{"sampling": "uniform"}, {"batches": "homogeneous"}])
-def test_sampling_beside_a_curriculum_is_refused(build, multitask):
-    with pytest.raises(ValueError, match="its default beside a mixin that fixes the order"):
-        build(cls=CurriculumMultiTaskTrainer, multitask=multitask, curriculum=CurriculumConfig(scorer="length"))
-
-
-def test_a_curriculum_spreads_the_tasks_over_each_stage(build):
-    rows = text_rows(40)
-    # By task in the order of the file, so that only spreading can mix them; levels cut across the tasks.
-    rows = rows.add_column("difficulty", [float(index // 5 % 2) for index in range(40)]).sort("task")
-    trainer = build(
-        rows=rows,
-        cls=CurriculumMultiTaskTrainer,
-        curriculum=CurriculumConfig(scorer="column", difficulty_column="difficulty", num_levels=2),
-    )
-    tasks = np.array(trainer.train_dataset["task"])[trainer.curriculum_plan.indices]
-    for stage in trainer.stages:
-        # Each half of a stage has the tasks in their shares: echo 3/5, the others 1/5.
-        own = tasks[stage.first_step * 4 : stage.end_step * 4]
-        for half in np.array_split(own, 2):
-            assert abs(np.mean(half == "echo") - 0.6) <= 0.11
-            assert set(half) == set(NAMES)
-
-
-class WronglyOrderedTrainer(CurriculumMixin, MultiTaskMixin, SFTTrainer):
-    pass
-
-
-def test_a_curriculum_before_the_tasks_is_refused(build):
-    with pytest.raises(ValueError, match="got CurriculumMixin before MultiTaskMixin"):
-        build(cls=WronglyOrderedTrainer, curriculum=CurriculumConfig(scorer="length"))
-
-
-class EverythingTrainer(MultiTaskMixin, DistillationMixin, CurriculumMixin, SFTTrainer):
-    pass
-
-
-class TeacherWatch(TrainerCallback):
-    """Logits of the teacher on a fixed batch, by stage."""
-
-    def __init__(self):
-        self.trainer, self.logits = None, {}
-
-    def note(self):
-        teacher = self.trainer._keeper.teacher
-        stage = next(stage.index for stage in self.trainer.stages if self.trainer.state.global_step < stage.end_step)
-        if teacher is not None:
-            with torch.no_grad(), teacher.acting(self.trainer.model) as model:
-                logits = model(input_ids=torch.arange(5, 13).reshape(2, 4), tasks=["sum", "echo"]).logits
-            self.logits.setdefault(stage, []).append(logits.clone())
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.note()
-
-
-@pytest.mark.parametrize("teacher", ["previous_stage", "base"])
-def test_curriculum_distillation_and_tasks_train_together(build, teacher):
-    watch, forwards, batches = TeacherWatch(), [], []
-    trainer = watch.trainer = build(
-        {"learning_rate": 1e-2},
-        cls=EverythingTrainer,
-        peft_config=cgc(),
-        curriculum=CurriculumConfig(scorer="length", num_levels=2),
-        distillation=DistillationConfig(teacher=teacher, alpha=0.5),
-        callbacks=[watch],
-    )
-    tuner, step = trainer.model.base_model, trainer.training_step
-
-    def noted(model, inputs, *args, **kwargs):
-        batches.append(inputs["tasks"].tolist())
-        return step(model, inputs, *args, **kwargs)
-
-    def see(module, inputs):
-        current = tuner.task_state.current["default"].ids.tolist()
-        if inputs[0].shape[1] > 4:  # the watch's own batch has 4 tokens
-            forwards.append((torch.is_grad_enabled(), current))
-
-    trainer.training_step = noted
-    tuner.adapted_layers()[0][1].register_forward_pre_hook(see)
-    trainer.train()
-
-    def rows(ids, batch):  # a batch of one task is one id
-        return ids * len(batch) if len(ids) == 1 else ids
-
-    students = [ids for with_gradients, ids in forwards if with_gradients]
-    teachers = [ids for with_gradients, ids in forwards if not with_gradients]
-    with_teacher = batches[-len(teachers) :]
-    assert [rows(ids, batch) for ids, batch in zip(students, batches, strict=True)] == batches
-    assert [rows(ids, batch) for ids, batch in zip(teachers, with_teacher, strict=True)] == with_teacher
-    assert len(teachers) == (len(batches) if teacher == "base" else trainer.stages[1].num_steps)
-    for logits in watch.logits.values():
-        assert len(logits) > 1
-        assert all(torch.equal(logits[0], later) for later in logits[1:])
-    assert set(watch.logits) == ({0, 1} if teacher == "base" else {1})
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert any(entry.get("kd_loss", 0) > 0 for entry in logs)
-    assert all(np.isfinite(entry["loss"]) for entry in logs)
-    assert {f"{name}_loss" for name in NAMES} <= {key for entry in logs for key in entry}
-
-
-class DistilledMultiTaskTrainer(MultiTaskMixin, DistillationMixin, SFTTrainer):
-    pass
-
-
-def test_epochs_are_the_stages_of_a_teacher(build):
-    trainer = build(
-        {"num_train_epochs": 2, "learning_rate": 1e-2},
-        cls=DistilledMultiTaskTrainer,
-        peft_config=cgc(),
-        distillation=DistillationConfig(teacher="previous_stage", alpha=0.5),
-    )
-    trainer.train()
-    found = [entry.get("kd_loss") for entry in trainer.state.log_history if "loss" in entry]
-    assert not any(found[:6])
-    assert any(found[6:])
-
-
-# Tasks that a step has no row of
-
-
-def own_rows(trainer):
-    """What belongs to the task `sort` in every adapted linear."""
-    place = trainer.task_registry.id("sort")
-    found = []
-    for experts in trainer.model.base_model.experts().values():
-        own = experts.layout.own_slice(place)
-        found += [experts.A[own], experts.B[:, own], experts.gate_logits[place]]
-    return [value.detach().clone() for value in found]
-
-
-def one_task_at_a_time(build, multitask=None, **args):
-    """All steps of `sort` come first, then those of `sum`: its experts have momentum when it is gone."""
-    rows = text_rows(24)
-    rows = rows.remove_columns("task").add_column("task", ["sort"] * 8 + ["sum"] * 16)
-    rows = rows.add_column("difficulty", [0.0] * 8 + [1.0] * 16)
-    trainer = build(
-        {"weight_decay": 0.5, "learning_rate": 1e-2, **args},
-        multitask,
-        rows=rows,
-        peft_config=cgc(),
-        cls=CurriculumMultiTaskTrainer,
-        curriculum=CurriculumConfig(scorer="column", difficulty_column="difficulty", num_levels=2),
-    )
-    seen = {}
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen[state.global_step] = own_rows(trainer)
-
-    trainer.add_callback(Watch())
-    trainer.train()
-    return seen
-
-
-def same(first, second):
-    return [torch.equal(*pair) for pair in zip(first, second, strict=True)]
-
-
-def test_a_task_that_is_absent_stays_bit_equal(build):
-    seen = one_task_at_a_time(build)
-    assert len(seen) == 6
-    assert not any(same(seen[1], seen[2]))
-    for step in (3, 4, 5, 6):
-        assert all(same(seen[2], seen[step]))
-
-
-def test_without_holding_an_absent_task_is_moved(build):
-    seen = one_task_at_a_time(build, {"hold_absent_tasks": False})
-    assert not any(same(seen[2], seen[6]))
-
-
-def test_an_optimizer_with_other_state_trains_and_says_so(build, capsys):
-    seen = one_task_at_a_time(build, optim="adafactor")
-    assert not all(same(seen[2], seen[6]))
-    text = "".join(capsys.readouterr())
-    assert text.count("Adafactor moves the experts of tasks") == 1
-    with pytest.raises(NotImplementedError, match="no number per element"):
-        one_task_at_a_time(build, {"hold_absent_tasks": True}, optim="adafactor")
-
-
-@pytest.mark.parametrize("backend", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_backends_with_flattened_parameters_are_told_of(tokenizer, backend):
-    model = get_peft_model(language_model(tokenizer), cgc())
-    assert "momentum and weight decay also move" in moves_absent_tasks(model, backend, None)
-    with pytest.raises(NotImplementedError, match=r"`multitask\.hold_absent_tasks` under"):
-        moves_absent_tasks(model, backend, True)
-    assert moves_absent_tasks(model, backend, False) is None
-    assert moves_absent_tasks(model, DistributedType.MULTI_GPU, True) is None
-    plain = language_model(tokenizer)
-    assert moves_absent_tasks(plain, backend, None) is None
-    with pytest.raises(ValueError, match=r"`multitask\.hold_absent_tasks`: got True"):
-        moves_absent_tasks(plain, DistributedType.NO, True)
 
 
 # Bad input

@@ -121,6 +121,7 @@ def test_sft_demo_trains_reports_and_exports(recipe, tmp_path, capsys):
         assert words in text
     events = [json.loads(line)["event"] for line in (out / "hf_curriculum" / "record.jsonl").read_text().splitlines()]
     assert {"run", "tasks", "gates", "task_losses"} <= set(events)
+    assert (out / "hf_curriculum" / "gates.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
     exported = {path.parent.name for path in (out / "task_adapters").glob("*/adapter_config.json")}
     assert exported == {"reverse", "last", "kind", "parity", "common"}
 
@@ -154,6 +155,11 @@ def test_classification_demo_has_a_head_per_task(recipe, tmp_path, capsys):
         "kind",
         "parity",
         "common",
+    }
+    assert {path.parent.name for path in (out / "task_adapters").glob("*/task_heads.json")} == {
+        "last",
+        "kind",
+        "parity",
     }
     with pytest.raises(ValueError, match="an adapter alone"):
         MultiTaskHeads.from_pretrained(out)

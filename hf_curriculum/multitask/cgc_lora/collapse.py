@@ -72,6 +72,8 @@ def truncate_rank(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torc
     energy = values.square()
     total = float(energy.sum())
     error = (float(energy[rank:].sum()) / total) ** 0.5 if total > 0 else 0.0
-    new_down = root[:, None] * (right[:rank] @ basis_down.T)
-    new_up = (basis_up @ left[:, :rank]) * root
+    # A linear narrower than the rank has fewer singular values: zeros stand for the rest.
+    new_down, new_up = pad_rank(
+        root[:, None] * (right[:rank] @ basis_down.T), (basis_up @ left[:, :rank]) * root, rank
+    )
     return new_down.to(down.dtype).contiguous(), new_up.to(up.dtype).contiguous(), error

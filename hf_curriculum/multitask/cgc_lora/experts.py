@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...core.errors import invalid
+from ..absent import TaskBlocks, task_owners
 from ..tasks import COMMON_TASK_ID, UNIFORM_TASK_ID
 from .config import CGCLoraConfig
 from .gate import add_reserved_rows, expand_gates, normalise_gates
@@ -112,6 +113,17 @@ class CGCExperts(nn.Module):
                 self.task_matrix.copy_(torch.eye(self.layout.rank).expand_as(self.task_matrix))
                 if not init_weights:
                     self.task_matrix.add_(torch.randn(self.task_matrix.shape), alpha=0.1)
+
+    def task_blocks(self) -> tuple[int, list[TaskBlocks]]:
+        """T, and the parts of the parameters that belong to single tasks: own experts, gates, task matrices."""
+        tasks, blocks = self.layout.num_tasks, []
+        if self.layout.num_own > 0:
+            owners = task_owners(self.layout.own_rank, tasks)
+            blocks += [TaskBlocks(self.A, owners, dim=0), TaskBlocks(self.B, owners, dim=1)]
+        for name in ("gate_logits", "task_embedding", "token_gate", "task_matrix"):
+            if (parameter := getattr(self, name, None)) is not None:
+                blocks.append(TaskBlocks(parameter, task_owners(1, tasks)))
+        return tasks, blocks
 
     def forward(self, x: torch.Tensor, tasks: TaskBatch) -> torch.Tensor:
         """

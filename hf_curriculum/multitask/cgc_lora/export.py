@@ -21,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from ...core.console import say
 from ...core.distributed import is_main_process
 from ...core.errors import invalid, unsupported
+from ...core.modes import evaluation_mode
+from ..head_files import WEIGHTS_NAME
+from ..heads import MultiTaskHeads
 from ..tasks import COMMON_TASK_ID
 from .collapse import pad_rank, truncate_rank
 from .export_card import TASK_MAP, adapter_card, folder_card, serve_command
@@ -92,7 +95,7 @@ class ExportReport:
 
 
 def export_task_adapters(
-    model: PeftModel,
+    model: PeftModel | MultiTaskHeads,
     folder: str | os.PathLike[str],
     *,
     tasks: Sequence[str] | None = None,
@@ -110,11 +113,13 @@ def export_task_adapters(
     anything fails: all is written to a folder beside, which is renamed at the end.
 
     Args:
-        model ([`~peft.PeftModel`]):
-            A model with a CGC-LoRA adapter.
+        model ([`~peft.PeftModel`] or [`~hf_curriculum.multitask.heads.MultiTaskHeads`]):
+            A model with a CGC-LoRA adapter, or task heads over one.
         folder (`str` or `os.PathLike`):
             A folder that does not exist yet. It gets `<task>/adapter_config.json`, `<task>/adapter_model.safetensors`,
-            `tasks.json` (task to adapter) and a `README.md`.
+            `tasks.json` (task to adapter) and a `README.md`; with task heads also `<task>/task_heads.json` (labels,
+            pooling, problem type) and `<task>/task_heads.safetensors`, since vLLM refuses adapters with modules
+            trained in full. `MultiTaskHeads.from_pretrained("<folder>/<task>")` loads both over the base model.
         tasks (`Sequence[str]`, *optional*):
             Names of the tasks to write. All by default.
         include_common (`bool`, *optional*, defaults to `True`):
@@ -149,21 +154,24 @@ def export_task_adapters(
     ```
     """
     folder = Path(folder)
-    tuner, adapter = _check_model(model, adapter_name)
+    heads = model if isinstance(model, MultiTaskHeads) else None
+    adapted, tuner, adapter = _check_model(model, adapter_name)
     chosen = _chosen_tasks(tuner, adapter, tasks, include_common)
     if is_main_process():
         _check_folder(folder, chosen)
     adapters = [_collapse(tuner, adapter, name, task_id, rank_multiple, truncate_rank) for name, task_id in chosen]
     if check is not False:
-        _compare_logits(model, tuner, adapter, adapters, None if check is True else check)
+        _compare_logits(adapted, tuner, adapter, adapters, None if check is True else check)
     base = str(tuner.peft_config[adapter].base_model_name_or_path or "BASE_MODEL")
     command = serve_command(base, folder, {entry.name: entry.rank for entry in adapters})
-    auxiliary = _auxiliary_tensors(model, adapter)
+    auxiliary = _auxiliary_tensors(adapted, adapter)
     if is_main_process():
-        _write(folder, tuner, adapter, adapters, auxiliary, command)
+        _write(folder, tuner, adapter, adapters, auxiliary, heads, command)
         words = f"Wrote {len(adapters)} LoRA adapters to {folder}. To serve them:\n{command}"
         if auxiliary:
             words += "\nThey carry modules_to_save or trained tokens, which vLLM refuses; PEFT loads them."
+        if heads is not None:
+            words += f"\nBeside each task's adapter lies its head, `{WEIGHTS_NAME}`: vLLM serves adapters alone."
         say(words)
     return ExportReport(
         folder=folder,
@@ -174,10 +182,11 @@ def export_task_adapters(
     )
 
 
-def _check_model(model: PeftModel, adapter_name: str | None) -> tuple[CGCLoraModel, str]:
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, PeftModel) or not isinstance(tuner, CGCLoraModel):
-        raise invalid("model", type(model).__name__, "a PeftModel with a CGC-LoRA adapter")
+def _check_model(model: PeftModel | MultiTaskHeads, adapter_name: str | None) -> tuple[PeftModel, CGCLoraModel, str]:
+    adapted = model.backbone if isinstance(model, MultiTaskHeads) else model
+    tuner = getattr(adapted, "base_model", None)
+    if not isinstance(adapted, PeftModel) or not isinstance(tuner, CGCLoraModel):
+        raise invalid("model", type(model).__name__, "a PeftModel with a CGC-LoRA adapter, or task heads over one")
     adapter = tuner.active_adapters[0] if adapter_name is None else adapter_name
     if not tuner.adapter_config(adapter).collapses:
         raise unsupported(
@@ -194,7 +203,7 @@ def _check_model(model: PeftModel, adapter_name: str | None) -> tuple[CGCLoraMod
         )
     if any(layer.merged for _, layer in tuner.adapted_layers()):
         raise invalid("model", "merged weights", "unmerged ones", "Call `model.unmerge_adapter()` first.")
-    return tuner, adapter
+    return adapted, tuner, adapter
 
 
 def _chosen_tasks(
@@ -266,9 +275,7 @@ def _compare_logits(
     if list(tuner.active_adapters) != [adapter]:
         raise invalid("adapter_name", adapter, f"the active adapter, which is {tuner.active_adapters}")
     inputs = _check_batch(tuner.model, batch)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for entry in adapters:
             mixture = _logits(model, inputs, entry.name)
             with _in_place_of_experts(tuner, adapter, entry):
@@ -280,8 +287,6 @@ def _compare_logits(
                     f"The logits of task {entry.name!r} and of its LoRA differ by {entry.logit_difference:.3g}, more "
                     f"than the {allowed:.3g} that rounding explains. Nothing was written."
                 )
-    finally:
-        model.train(was_training)
 
 
 def _check_batch(base: nn.Module, batch: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -322,6 +327,7 @@ def _write(
     adapter: str,
     adapters: Sequence[TaskAdapter],
     auxiliary: Mapping[str, torch.Tensor],
+    heads: MultiTaskHeads | None,
     command: str,
 ) -> None:
     config = tuner.adapter_config(adapter)
@@ -350,7 +356,11 @@ def _write(
                 tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
                 tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
             save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-            (path / "README.md").write_text(adapter_card(entry.name, config.base_model_name_or_path), "utf-8")
+            has_head = heads is not None and entry.task_id >= 0
+            if heads is not None and has_head:
+                heads.save_head(entry.name, path)
+            card = adapter_card(entry.name, config.base_model_name_or_path, has_head)
+            (path / "README.md").write_text(card, "utf-8")
         tasks = {entry.name: entry.name for entry in adapters if entry.task_id >= 0}
         mapping = {
             "base_model": config.base_model_name_or_path,
@@ -359,7 +369,7 @@ def _write(
             "ranks": {entry.name: entry.rank for entry in adapters},
         }
         (temporary / TASK_MAP).write_text(json.dumps(mapping, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (temporary / "README.md").write_text(folder_card(tasks, command, bool(auxiliary)), "utf-8")
+        (temporary / "README.md").write_text(folder_card(tasks, command, bool(auxiliary), heads is not None), "utf-8")
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

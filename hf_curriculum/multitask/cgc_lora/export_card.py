@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..head_files import CONFIG_NAME, WEIGHTS_NAME
+
 
 __all__ = ["TASK_MAP", "VLLM_MAX_LORA_RANKS", "adapter_card", "folder_card", "serve_command"]
 
@@ -13,6 +15,21 @@ TASK_MAP = "tasks.json"
 
 # Values that vLLM's `--max-lora-rank` takes (`MaxLoRARanks` in its configuration, version 0.14).
 VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+# The call needs this package; the formula is for those who do without.
+HEAD_CARD = f"""
+Its head lies beside: `{WEIGHTS_NAME}` holds `weight` (outputs, hidden size) and `bias` (outputs), `{CONFIG_NAME}`
+names the labels, the problem type and the pooling. Over the last hidden states of the adapted model the outputs are
+`weight @ pooled + bias`, in the order of `id2label`. With the package `hf_curriculum`:
+
+```python
+from hf_curriculum.multitask.heads import MultiTaskHeads
+
+model = MultiTaskHeads.from_pretrained("path/of/this/adapter")
+model.decode(model(**inputs).logits, 0)
+```
+"""
 
 
 def serve_command(base_model: str, folder: Path, ranks: Mapping[str, int]) -> str:
@@ -42,7 +59,7 @@ def serve_command(base_model: str, folder: Path, ranks: Mapping[str, int]) -> st
     return command
 
 
-def adapter_card(task: str, base_model: str | None) -> str:
+def adapter_card(task: str, base_model: str | None, has_head: bool = False) -> str:
     """
     The `README.md` of one adapter.
 
@@ -51,6 +68,8 @@ def adapter_card(task: str, base_model: str | None) -> str:
             Its task.
         base_model (`str`, *optional*):
             Name of the base model.
+        has_head (`bool`, *optional*, defaults to `False`):
+            Whether the head of the task lies beside.
 
     Returns:
         `str`
@@ -61,10 +80,10 @@ def adapter_card(task: str, base_model: str | None) -> str:
     return (
         f"{front}\nThe task `{task}` of a CGC-LoRA model, as a standard LoRA adapter: "
         "`PeftModel.from_pretrained(base_model, path)` with PEFT alone.\n"
-    )
+    ) + (HEAD_CARD if has_head else "")
 
 
-def folder_card(tasks: Iterable[str], command: str, has_modules: bool) -> str:
+def folder_card(tasks: Iterable[str], command: str, has_modules: bool, has_heads: bool = False) -> str:
     """
     The `README.md` of an export.
 
@@ -75,6 +94,8 @@ def folder_card(tasks: Iterable[str], command: str, has_modules: bool) -> str:
             From [`serve_command`].
         has_modules (`bool`):
             Whether the adapters carry modules trained in full.
+        has_heads (`bool`, *optional*, defaults to `False`):
+            Whether the heads of the tasks lie beside.
 
     Returns:
         `str`
@@ -83,6 +104,12 @@ def folder_card(tasks: Iterable[str], command: str, has_modules: bool) -> str:
         "\nThe adapters carry `modules_to_save` or trained tokens, such as a classification head. PEFT loads them; "
         "vLLM refuses such adapters.\n"
         if has_modules
+        else ""
+    )
+    beside = (
+        f"\nEach task's folder also has its head, in `{WEIGHTS_NAME}` and `{CONFIG_NAME}`, which vLLM leaves alone: "
+        "apply it to the hidden states, or load both with `MultiTaskHeads.from_pretrained` of `hf_curriculum`.\n"
+        if has_heads
         else ""
     )
     return f"""# One LoRA adapter per task
@@ -101,4 +128,4 @@ To serve all of them:
 ```bash
 {command}
 ```
-{refused}"""
+{refused}{beside}"""

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...core.errors import invalid, unsupported
-from .absent import AbsentTaskGuard, freeze_absent_tasks
+from ..absent import AbsentTaskGuard, freeze_absent_tasks
 from .config import CGCLoraConfig
 from .experts import CGCExperts
 from .layer import CGCLoraLayer
@@ -157,7 +157,9 @@ class CGCLoraModel(TaskTransport, BaseTuner):
 
     def freeze_absent_tasks(self, optimizer: Optimizer, *, strict: bool = True) -> AbsentTaskGuard:
         """
-        Has an optimizer leave the experts of absent tasks alone. See [`~absent.freeze_absent_tasks`].
+        Has an optimizer leave the experts of absent tasks alone.
+
+        See [`~hf_curriculum.multitask.absent.freeze_absent_tasks`].
 
         Args:
             optimizer (`torch.optim.Optimizer`):
