@@ -13,11 +13,11 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) python -m pytest
 STAMPS = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-multitask test fast quality format clean
+.PHONY: help install demo demo-multitask demo-layerwise test fast matrix-layerwise quality format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 install: $(STAMPS)-demo  ## install the package and the tested versions of what it needs
 
@@ -27,11 +27,17 @@ demo: $(STAMPS)-demo  ## train the embedded default end to end on CPU
 demo-multitask: $(STAMPS)-demo  ## train four generated tasks with CGC-LoRA and export them, on CPU
 	@$(RUN) accelerate launch recipes/multitask_cgc_lora.py
 
+demo-layerwise: $(STAMPS)-demo  ## train a quarter of the layers at a time, beside all of them, on CPU
+	@$(RUN) accelerate launch recipes/sft_layerwise.py
+
 test: $(STAMPS)-test  ## the whole test suite
 	@$(PYTEST) -n 2 --dist worksteal
 
 fast: $(STAMPS)-test  ## the tests of one process that take seconds
 	@$(PYTEST) -n 2 --dist worksteal -m "not slow and not distributed"
+
+matrix-layerwise: $(STAMPS)-test  ## layer freezing under every backend, method and checkpointing
+	@$(PYTEST) -n 2 --dist worksteal -m matrix tests/layerwise
 
 quality: $(STAMPS)-dev  ## ruff check, ruff format --check, mypy
 	@$(RUN) ruff check .

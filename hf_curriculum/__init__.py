@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from .curriculum.sampler import CurriculumSampler
     from .distillation.config import DistillationConfig
     from .distillation.mixin import DistillationMixin
+    from .layerwise.callback import LayerFreezeCallback
+    from .layerwise.config import LayerwiseConfig
+    from .layerwise.policies import LayerPolicy
     from .multitask.cgc_lora import CGCLoraConfig, CGCLoraModel, export_task_adapters
     from .multitask.collator import MultiTaskCollator
     from .multitask.config import MultiTaskConfig
-    from .multitask.heads import MultiTaskHeads, TaskHead
+    from .multitask.heads import MultiTaskHeads
     from .multitask.mixin import MultiTaskMixin
     from .multitask.sampler import MultiTaskSampler
+    from .multitask.task_head import TaskHead
     from .multitask.tasks import TaskRegistry
     from .trainers import (
         CurriculumSFTTrainer,
@@ -53,6 +57,9 @@ _ROOMS = {
     "Forgetting": "analysis.forgetting",
     "KDSFTTrainer": "trainers",
     "KDTrainer": "trainers",
+    "LayerFreezeCallback": "layerwise.callback",
+    "LayerPolicy": "layerwise.policies",
+    "LayerwiseConfig": "layerwise.config",
     "MultiTaskCollator": "multitask.collator",
     "MultiTaskConfig": "multitask.config",
     "MultiTaskHeads": "multitask.heads",
@@ -61,7 +68,7 @@ _ROOMS = {
     "MultiTaskSampler": "multitask.sampler",
     "MultiTaskTrainer": "trainers",
     "Seesaw": "analysis.seesaw",
-    "TaskHead": "multitask.heads",
+    "TaskHead": "multitask.task_head",
     "TaskRegistry": "multitask.tasks",
     "assign_levels": "curriculum.levels",
     "build_plan": "curriculum.plan",
@@ -84,6 +91,9 @@ __all__ = [
     "Forgetting",
     "KDSFTTrainer",
     "KDTrainer",
+    "LayerFreezeCallback",
+    "LayerPolicy",
+    "LayerwiseConfig",
     "MultiTaskCollator",
     "MultiTaskConfig",
     "MultiTaskHeads",

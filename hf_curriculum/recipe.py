@@ -1,15 +1,16 @@
 """What the recipe scripts share: arguments made from configs, CPU defaults, data from anywhere, the output folder."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
-from trl import ScriptArguments
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
+from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from .core.console import say
 from .core.distributed import on_main_process
@@ -21,9 +22,11 @@ from .core.state import list_checkpoints
 __all__ = [
     "DataArguments",
     "check_output_dir",
+    "command_line",
     "config_from_arguments",
     "hold_out",
     "load_splits",
+    "named_model",
     "prefixed_arguments",
     "resume_argument",
     "set_cpu_defaults",
@@ -61,9 +64,7 @@ class DataArguments:
     completion_column: str = field(default="completion", metadata={"help": "Column with the completion."})
     prompt_separator: str = field(
         default="\n",
-        metadata={
-            "help": "Between prompt and completion, part of the prompt, without a chat template. \\n, \\t work."
-        },
+        metadata={"help": "Between prompt and completion, part of the prompt, if there is no chat template."},
     )
     eval_fraction: float = field(
         default=0.1,
@@ -128,6 +129,56 @@ def config_from_arguments(config: type[T], prefix: str, arguments: object) -> T:
         An instance of `config`.
     """
     return config(**{item.name: getattr(arguments, prefix + item.name) for item in fields(config)})  # type: ignore[arg-type]
+
+
+def command_line(words: Sequence[str], demo_config: Path) -> list[str]:
+    """
+    Reads the words of a command line as TRL's parser takes them; those of the demo where no data is named.
+
+    Args:
+        words (`Sequence[str]`):
+            The words. `--config=file` is taken apart, which the parser knows only as two words.
+        demo_config (`Path`):
+            The YAML file of the demo, used without `--config` and `--dataset_name`.
+
+    Returns:
+        `list[str]`
+    """
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    is_named = {"--config", "--dataset_name", "--dataset-name"} & {word.split("=")[0] for word in split}
+    return split if is_named else ["--config", str(demo_config), *split]
+
+
+def named_model(
+    model: ModelConfig, script: ScriptArguments, training: SFTConfig
+) -> tuple[str, PreTrainedTokenizerBase] | None:
+    """
+    Makes a model ready for the trainer to load by its name.
+
+    Args:
+        model ([`~trl.ModelConfig`]):
+            Name, revision, attention and dtype.
+        script ([`~trl.ScriptArguments`]):
+            Read: `dataset_name`.
+        training ([`~trl.SFTConfig`]):
+            Gets `model_init_kwargs`.
+
+    Returns:
+        `tuple[str, PreTrainedTokenizerBase]`, *optional*: name and tokenizer; None for the embedded demo.
+
+    Raises:
+        `ValueError`: if only one of model and data is named.
+    """
+    name = model.model_name_or_path
+    if (script.dataset_name is None) != (name is None):
+        got = f"{name} and {script.dataset_name}"
+        raise invalid("model_name_or_path and dataset_name", got, "both, or neither for the embedded demo")
+    if name is None:
+        return None
+    own = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    training.model_init_kwargs = own | cast(dict[str, Any], training.model_init_kwargs or {})
+    loading = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
+    return name, AutoTokenizer.from_pretrained(name, **loading)
 
 
 def set_cpu_defaults(parser: HfArgumentParser) -> None:
@@ -228,11 +279,8 @@ def load_splits(arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
         `NotImplementedError`: for streaming.
     """
     if arguments.dataset_streaming:
-        raise unsupported(
-            "`dataset_streaming`",
-            "rows must be scored and ordered before training, and a stream has neither length nor random access",
-            "Leave it unset.",
-        )
+        why = "rows must be scored and ordered before training, and a stream has neither length nor random access"
+        raise unsupported("`dataset_streaming`", why, "Leave it unset.")
     path = Path(str(arguments.dataset_name))
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         return _from_saved(load_from_disk(str(path)), arguments)
@@ -272,9 +320,8 @@ def _loading_options(name: str, config: str | None) -> dict[str, Any]:
 
 def _from_saved(saved: DatasetDict, arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
     if arguments.dataset_train_split not in saved:
-        raise invalid(
-            "dataset_train_split", arguments.dataset_train_split, f"one of the saved splits: {', '.join(saved)}"
-        )
+        known = f"one of the saved splits: {', '.join(saved)}"
+        raise invalid("dataset_train_split", arguments.dataset_train_split, known)
     return saved[arguments.dataset_train_split], saved.get(arguments.dataset_test_split)
 
 

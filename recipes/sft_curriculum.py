@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_curriculum import CurriculumConfig, CurriculumSFTTrainer, DistillationConfig, score_dataset
@@ -34,9 +34,11 @@ from hf_curriculum.demo.model import build_model, build_tokenizer
 from hf_curriculum.recipe import (
     DataArguments,
     check_output_dir,
+    command_line,
     config_from_arguments,
     hold_out,
     load_splits,
+    named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
@@ -79,26 +81,10 @@ def make_parser() -> TrlParser:
     return parser
 
 
-def split_config(argument: str) -> list[str]:
-    """Takes `--config=file` apart."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def load_model(model: ModelConfig, training: SFTConfig) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
-    """Names the model for the trainer to load; without a name, builds the embedded one."""
-    if model.model_name_or_path is None:
-        tokenizer = build_tokenizer()
-        return build_model(tokenizer, seed=training.seed), tokenizer
-    training.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
-    )
-    return model.model_name_or_path, tokenizer
+def embedded_model(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of the demo."""
+    tokenizer = build_tokenizer()
+    return build_model(tokenizer, seed=seed), tokenizer
 
 
 def load_data(script: ScriptArguments, data: DataArguments, training: SFTConfig) -> tuple[Dataset, Dataset | None]:
@@ -205,12 +191,6 @@ def main(
     distillation: DistillationConfig,
 ) -> None:
     """Scores, trains, reports, saves."""
-    if (script.dataset_name is None) != (model_args.model_name_or_path is None):
-        raise invalid(
-            "model_name_or_path and dataset_name",
-            f"{model_args.model_name_or_path} and {script.dataset_name}",
-            "both, or neither for the embedded demo",
-        )
     if run.curriculum_score_only and get_quantization_config(model_args) is not None:
         raise unsupported(
             "`curriculum_score_only` with a quantized model",
@@ -221,7 +201,7 @@ def main(
         check_comparison(training, distillation)
     set_cpu_threads(training, data.cpu_threads)
     check_output_dir(training)
-    model, tokenizer = load_model(model_args, training)
+    model, tokenizer = named_model(model_args, script, training) or embedded_model(training.seed)
     train, test = load_data(script, data, training)
     if run.curriculum_score_only:
         score_only(model, tokenizer, train, test, data, training, curriculum)
@@ -263,11 +243,9 @@ def main(
 
 
 if __name__ == "__main__":
-    # `--name=value` is what argparse takes too, but TRL's parser knows `--config` only as a word of its own.
-    command_line = [word for argument in sys.argv[1:] for word in split_config(argument)]
-    if not {"--config", "--dataset_name", "--dataset-name"} & {argument.split("=")[0] for argument in command_line}:
-        command_line = ["--config", str(DEMO_CONFIG), *command_line]
-    *parsed, curriculum_arguments, distillation_arguments = make_parser().parse_args_and_config(command_line)
+    *parsed, curriculum_arguments, distillation_arguments = make_parser().parse_args_and_config(
+        command_line(sys.argv[1:], DEMO_CONFIG)
+    )
     main(
         *parsed,
         config_from_arguments(CurriculumConfig, "curriculum_", curriculum_arguments),

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_curriculum import __version__, cli
+from hf_curriculum.core.records import RunRecord
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 
@@ -208,3 +209,53 @@ def test_fault_of_ours_is_not_hidden(folders, monkeypatch):
     monkeypatch.setattr(cli, "_measure", broken)
     with pytest.raises(KeyError):
         attention(folders, "--no_plots")
+
+
+@pytest.fixture
+def layer_run(tmp_path):
+    """The output folder of a run that froze layers."""
+    record = RunRecord(tmp_path / "run")
+    names = [f"model.layers.{number}" for number in range(4)]
+    for first_step, active in ((0, 3), (5, 1), (10, 1)):
+        record.append(
+            "layers", first_step + 1, first_step=first_step, policy="random", turn=None, blocks=names,
+            active=[active], active_fraction=0.25, rates={}, scores=dict.fromkeys(names),
+        )  # fmt: skip
+    return tmp_path / "run"
+
+
+def test_layers_are_shown_drawn_and_fixed(layer_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert cli.main(["layers", str(layer_run)]) == 0
+    shown = "".join(capsys.readouterr())
+    assert "Which blocks learned: policy random, 3 decisions in 11 steps" in shown
+    assert "fixed" not in shown
+    assert not list(tmp_path.rglob("*.png"))
+    words = ["layers", str(layer_run), "--plot", "new/map.png", "--static", "--active_fraction", "0.5"]
+    assert cli.main(words) == 0
+    shown = "".join(capsys.readouterr())
+    assert 'policy="fixed", active_fraction=0.5, blocks=["model.layers.1", "model.layers.3"]' in shown
+    assert '{"layers_to_transform": [1, 3], "layers_pattern": "layers"}' in shown
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["map.csv", "map.png"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--plot", "map.csv"], "Invalid `plot`: got map.csv, expected a file name that ends in .png"),
+        (["--active_fraction", "0.5"], "Invalid `active_fraction`: got 0.5, expected nothing without --static"),
+        (["--static", "--active_fraction", "0.1"], "Invalid `active_fraction`: got 0.1, expected at least 0.25"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_layers_are_one_line_and_leave_nothing(layer_run, tmp_path, capsys, more, message):
+    assert cli.main(["layers", str(layer_run), *more]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hf-curriculum layers: ")
+    assert message in error
+    assert not list(tmp_path.glob("map.*"))
+
+
+def test_layers_of_a_folder_without_a_record_are_refused(tmp_path, capsys):
+    assert cli.main(["layers", str(tmp_path)]) == 1
+    assert "without a record of layers, expected the output folder of a run" in capsys.readouterr().err

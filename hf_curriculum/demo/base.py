@@ -1,22 +1,27 @@
-"""The base model of the multi-task demo: one that can repeat lists."""
+"""The base models of the demos: freezing and adapters build on what a model knows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..core.console import say
 from ..core.errors import invalid
+from .corpus import generate_corpus
 from .model import build_model, build_tokenizer
 from .tasks import generate_copies
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["list_copier"]
+__all__ = ["arithmetic_beginner", "list_copier"]
 
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
+# Highest grade of the corpus, of five, that a beginner has seen.
+BEGINNER_GRADE = 2
 
 
 def list_copier(num_steps: int, seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -37,6 +42,40 @@ def list_copier(num_steps: int, seed: int = 0) -> tuple[LlamaForCausalLM, PreTra
     Raises:
         `ValueError`: for fewer than 0 steps.
     """
+    return _trained(num_steps, seed, "repeat lists", lambda count: generate_copies(count, seed=seed))
+
+
+def arithmetic_beginner(num_steps: int, seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """
+    Trains the embedded model in full on easy problems of the corpus: layers of random weights are not worth keeping.
+
+    Every process of a run trains it alone on the same rows, so that all have the same.
+
+    Args:
+        num_steps (`int`):
+            Steps of 32 rows, at least 0.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights. The rows are those of another corpus than that of the seed.
+
+    Returns:
+        `tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast]`: on the CPU.
+
+    Raises:
+        `ValueError`: for fewer than 0 steps.
+    """
+
+    def easy_rows(count: int) -> Dataset:
+        # Every grade is as frequent as the others, so two fifths of the rows will do.
+        rows = generate_corpus(5 * count, seed=seed + 1)
+        easy = [number for number, grade in enumerate(rows["grade"][:]) if grade <= BEGINNER_GRADE]
+        return rows.select(easy[:count])
+
+    return _trained(num_steps, seed, "solve easy problems", easy_rows)
+
+
+def _trained(
+    num_steps: int, seed: int, what: str, make_rows: Callable[[int], Dataset]
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     import torch
 
     if num_steps < 0:
@@ -45,8 +84,8 @@ def list_copier(num_steps: int, seed: int = 0) -> tuple[LlamaForCausalLM, PreTra
     model = build_model(tokenizer, seed=seed)
     if num_steps == 0:
         return model, tokenizer
-    say(f"Training the embedded base model to repeat lists, {num_steps} steps.")
-    rows = generate_copies(BATCH_SIZE * num_steps, seed=seed)
+    say(f"Training the embedded base model to {what}, {num_steps} steps.")
+    rows = make_rows(BATCH_SIZE * num_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     for step in range(num_steps):
         part = rows[BATCH_SIZE * step : BATCH_SIZE * (step + 1)]

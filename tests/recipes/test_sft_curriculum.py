@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
 from hf_curriculum.recipe import (
     DataArguments,
+    command_line,
     config_from_arguments,
     hold_out,
     load_splits,
@@ -163,9 +165,11 @@ def test_data_that_is_not_there_is_told(tmp_path, name, told):
         load_splits(ScriptArguments(dataset_name=name))
 
 
-def test_config_is_known_with_an_equals_sign(recipe):
-    assert recipe.split_config("--config=a=b.yaml") == ["--config", "a=b.yaml"]
-    assert recipe.split_config("--lr=1") == ["--lr=1"]
+def test_config_is_known_with_an_equals_sign():
+    demo = Path("demo.yaml")
+    assert command_line(["--config=a=b.yaml", "--lr=1"], demo) == ["--config", "a=b.yaml", "--lr=1"]
+    assert command_line(["--dataset-name=x"], demo) == ["--dataset-name=x"]
+    assert command_line(["--lr=1"], demo) == ["--config", "demo.yaml", "--lr=1"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+"""Place: which layers learn, and which wait."""
+
+__all__: list[str] = []
