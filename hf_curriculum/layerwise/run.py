@@ -117,7 +117,9 @@ class LayerwiseRun:
         self.window: Window | None = None
         self._meter = ChangeMeter(model, blocks) if self.policy.signal == "change_rate" else None
         self._turns = self._plan_turns(max_steps)
-        self._measured_steps = self._plan_measurement()
+        self._measured_until = min([config.interval_steps, *(steps for _, steps in self._turns)])
+        self._newcomers: list[int] = []
+        self._rates: dict[int, float] = {}
         self._since: dict[int, int] = {}
         self._squares: list[float] | None = None
         self._state: dict[str, Any] | None = None
@@ -160,15 +162,6 @@ class LayerwiseRun:
         bounds = [steps * turn // len(turns) for turn in range(len(turns) + 1)]
         return [(active, end - begin) for active, begin, end in zip(turns, bounds, bounds[1:])]
 
-    def _plan_measurement(self) -> int:
-        """
-        Steps at the end of a window over which changes are measured: the same in every window.
-
-        Weights wander, so that a change grows more slowly than the steps: rates over unlike spans do not compare. Half
-        of the shortest window, which leaves most of the ramp out.
-        """
-        return max(1, min([self.config.interval_steps, *(steps for _, steps in self._turns)]) // 2)
-
     @property
     def warmup_steps(self) -> int:
         """Steps before the first decision of the policy."""
@@ -182,11 +175,13 @@ class LayerwiseRun:
             step (`int`):
                 Optimizer steps done.
         """
+        if self.window is not None and step == self.window.first_step + self._measured_until and self.is_measuring:
+            self._measure_change()
         if self.window is None or step == self.window.end_step:
             self._open(self._next_window(step))
         assert self.window is not None
-        if self._meter is not None and step + self._measured_steps == self.window.end_step:
-            self._meter.start(self.window.active)
+        if self._meter is not None and step == self.window.first_step + self._measured_until // 2 and self._newcomers:
+            self._meter.start(self._newcomers)
             self.optimizer.reset_rates()
             self._state = None
         ramp = {number: (step - since + 1) / self.config.ramp_steps for number, since in self._since.items()}
@@ -253,25 +248,36 @@ class LayerwiseRun:
         return Window(active, step, None if static else step + self.config.interval_steps, None, rates)
 
     def _measured(self) -> dict[int, float]:
-        """The signal of the window that ends, as far as it was measured."""
-        if self._meter is not None and self._meter.reference is not None:
-            rates = self._meter.rates(self.optimizer.learning_rates if self.config.normalize_rates else None)
-            self._meter.reference = None
-            return rates
+        """The signal of the window that ends."""
+        if self._meter is not None:
+            return self._rates
         if self._squares is not None:
             norms, self._squares = np.sqrt(self._squares), None
             total = float(np.linalg.norm(norms))
             return {number: float(norms[number]) / total for number in self.allowed} if total > 0.0 else {}
         return {}
 
+    def _measure_change(self) -> None:
+        """
+        Takes the change rates of the blocks that began to learn with this window.
+
+        Of each over steps of the same number and the same age of the optimizer's state, the later half of the shortest
+        window: weights wander, so that a change grows more slowly than the steps, and the steps of a new Adam are
+        longer than those of an old one. A block that stays active keeps its score: its state is older.
+        """
+        assert self._meter is not None
+        self._rates = self._meter.rates(self.optimizer.learning_rates if self.config.normalize_rates else None)
+        self._meter.reference = None
+        self._state = None
+
     def _open(self, window: Window) -> None:
         before = set() if self.window is None else set(self.window.active)
-        first = self.window is None
-        self._since = {
-            number: window.first_step - self.config.ramp_steps if first else window.first_step
-            for number in window.active
-            if number not in before
-        } | {number: since for number, since in self._since.items() if number in window.active and number in before}
+        self._newcomers = [number for number in window.active if number not in before]
+        self._rates = {}
+        # Nothing is new against the blocks around it in the first window.
+        since = window.first_step if self.window is not None else window.first_step - self.config.ramp_steps
+        kept = {number: self._since[number] for number in window.active if number in before}
+        self._since = {**dict.fromkeys(self._newcomers, since), **kept}
         self.window = window
         self._apply()
 
@@ -313,6 +319,8 @@ class LayerwiseRun:
             "decisions": [list(decision) for decision in self.decisions],
             "turns": [[list(active), steps] for active, steps in self._turns],
             "since": [[number, since] for number, since in self._since.items()],
+            "newcomers": self._newcomers,
+            "rates": [[number, rate] for number, rate in self._rates.items()],
             "is_measuring": self.is_measuring,
             "learning_rates": self.optimizer.learning_rates,
         }
@@ -339,6 +347,7 @@ class LayerwiseRun:
         self.decisions = [tuple(decision) for decision in state["decisions"]]
         self._turns = [(tuple(active), steps) for active, steps in state["turns"]]
         self._since = dict(state["since"])
+        self._newcomers, self._rates = list(state["newcomers"]), dict(state["rates"])
         self._squares = state["squares"]
         self._apply()
         self.optimizer.learning_rates[:] = state["learning_rates"]
@@ -373,6 +382,6 @@ class LayerwiseRun:
         """
         assert self._meter is not None
         assert self.window is not None
-        self._meter.start(self.window.active)
+        self._meter.start(self._newcomers)
         assert self._meter.reference is not None
         self._meter.reference.load(load(path.read_bytes()) if is_main_process() else {})

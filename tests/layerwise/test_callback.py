@@ -368,16 +368,26 @@ def test_a_checkpoint_of_a_plain_trainer_goes_on_exactly(build, tmp_path):
         build(callback()).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_changes_are_measured_over_as_many_steps_in_every_window(build):
-    """Steps of equal length in unlike directions: what a block changes by grows with the root of the steps."""
-    spans = []
+def test_rates_are_of_as_many_steps_at_the_same_age_of_the_optimizer_state(build):
+    ages = {}
 
-    class Span(TrainerCallback):
+    class Ages(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            reference = callback.run._meter.reference
-            if reference is not None and (not spans or spans[-1][0] is not reference):
-                spans.append([reference, state.global_step, callback.run.window.end_step])
+            if callback.run.is_measuring:
+                before = previous.get(callback.run.window.first_step, ())
+                assert not set(callback.run._newcomers) & set(before)
+                first = callback.run.window.first_step
+                ages.setdefault(first, []).append(state.global_step - first)
 
+        def on_step_end(self, args, state, control, **kwargs):
+            previous[state.global_step] = callback.run.window.active
+
+    previous = {}
     callback = LayerFreezeCallback(active_fraction=0.35, interval_steps=8, warmup_steps=12)
-    build(callback, callbacks=[Span()], max_steps=36).train()
-    assert [end - begin for _, begin, end in spans] == [2] * 6
+    trainer = build(callback, callbacks=[Ages()], max_steps=36)
+    trainer.train()
+    assert set(map(tuple, ages.values())) == {(2, 3)}
+    lines = RunRecord(trainer.args.output_dir).read("layers")
+    for before, line, after in zip([{"active": []}, *lines], lines, lines[1:]):
+        names = {line["blocks"][number] for number in set(line["active"]) - set(before["active"])}
+        assert set(after["rates"]) == names
