@@ -61,10 +61,11 @@ class RunArguments:
             "--curriculum_scorer column` then trains on it, under ZeRO-3 too."
         },
     )
-    distillation_compare: bool = field(
-        default=False,
+    distillation_compare: bool | None = field(
+        default=None,
         metadata={
-            "help": "Train without the teacher first, in `<output_dir>/without_teacher`, and show both in one table."
+            "help": "Train without the teacher first, in `<output_dir>/without_teacher`, and show both in one table. "
+            "None: in the demo, where that can be done."
         },
     )
 
@@ -168,17 +169,24 @@ def show_teacher_effect(without: CurriculumSFTTrainer, trainer: CurriculumSFTTra
     )
 
 
-def check_comparison(training: SFTConfig, distillation: DistillationConfig) -> None:
-    """Refuses a comparison that cannot be made."""
+def is_compared(
+    script: ScriptArguments, training: SFTConfig, run: RunArguments, distillation: DistillationConfig
+) -> bool:
+    """Whether a run without the teacher comes first; refuses one that is asked for and cannot be made."""
+    problem = None
     if not distillation.enabled:
-        raise invalid("distillation_compare", True, "False without a teacher", "Set `--distillation_teacher`.")
-    if resume_argument(training):
-        raise invalid(
-            "distillation_compare",
-            True,
-            "False in a resumed run",
-            "The run without the teacher is that of the interrupted one: see its record in `without_teacher`.",
-        )
+        problem = "without a teacher", "Set `--distillation_teacher`."
+    elif training.deepspeed_plugin is not None:
+        problem = "under DeepSpeed, where a process trains once", "Train a second time without the teacher."
+    elif resume_argument(training):
+        fix = "The run without the teacher is that of the interrupted one: see its record in `without_teacher`."
+        problem = "in a resumed run", fix
+    if run.distillation_compare and problem is not None:
+        when, fix = problem
+        raise invalid("distillation_compare", True, f"False {when}", fix)
+    if run.distillation_compare is None:
+        return script.dataset_name is None and problem is None
+    return run.distillation_compare
 
 
 def main(
@@ -197,8 +205,7 @@ def main(
             "scores are measured on the model as `--dtype` loads it",
             "Leave the quantization out of the scoring run.",
         )
-    if run.distillation_compare:
-        check_comparison(training, distillation)
+    compared = is_compared(script, training, run, distillation)
     set_cpu_threads(training, data.cpu_threads)
     check_output_dir(training)
     model, tokenizer = named_model(model_args, script, training) or embedded_model(training.seed)
@@ -224,7 +231,7 @@ def main(
         )
 
     without = None
-    if run.distillation_compare:
+    if compared:
         without = build_trainer(DistillationConfig(teacher="none"), f"{training.output_dir}/without_teacher")
         say("First without the teacher:")
         without.train()

@@ -317,3 +317,16 @@ def test_demo_runs_end_to_end(recipe, tmp_path, capsys):
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "o")
     AutoTokenizer.from_pretrained(tmp_path / "o")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_demo_runs_under_deepspeed_where_nothing_is_compared(launch, repository, tmp_path):
+    args = [
+        "--config", repository / "recipes" / "configs" / "sft_curriculum" / "demo.yaml", "--demo_rows", 60,
+        "--num_train_epochs", 1, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "o",
+        "--curriculum_scorer", "length", "--cpu_threads", 1, "--report_to", "none",
+    ]  # fmt: skip
+    ended = launch(repository / "recipes" / "sft_curriculum.py", 2, config="zero2.yaml", args=list(map(str, args)))
+    assert "First without the teacher" not in ended.stdout
+    assert (tmp_path / "o" / "model.safetensors").is_file()
