@@ -172,18 +172,20 @@ def test_softcap_and_eager_attention_are_measured_as_the_model_computes_them():
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
 @pytest.mark.parametrize(
-    "make",
-    [*MODELS.values(), lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4))],
-    ids=[*MODELS, "gpt2"],
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name in [*MODELS, "gpt2"]
+        for layout in ("right", "left", "packed")
+        if (name, layout) != ("bert", "packed")  # BERT has no packed batches
+    ],
 )
-def test_output_with_the_probe_on_is_bit_identical(make, layout, implementation):
-    model = make().eval()
+def test_output_with_the_probe_on_is_bit_identical(name, layout, implementation):
+    models = {**MODELS, "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4))}
+    model = models[name]().eval()
     model.set_attn_implementation(implementation)
     inputs, token_layout, _ = batch_of(layout)
-    if layout == "packed" and model.config.model_type == "bert":
-        pytest.skip("BERT has no packed batches")
     with torch.no_grad():
         inputs |= {} if model.config.model_type == "bert" else {"use_cache": False}
         plain = model(**inputs).logits
