@@ -205,7 +205,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             wrapper.write_text(_WITHOUT_COMPILED_ALL_REDUCE)
             command.insert(-1, str(wrapper))
         command.extend(args)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **(env or {})}
+        # Buffered, so that a flushed `print` is one write: pieces of lines of several processes would mix.
+        environment = {**os.environ, "PYTHONUNBUFFERED": "", "PYTHONFAULTHANDLER": "1", **(env or {})}
         output = folder / "output.txt"
         start = time.monotonic()
         # A file and not a pipe: a worker that outlives its launcher would keep a pipe open, and the reader waiting.
