@@ -301,9 +301,7 @@ class LayerFreezeCallback(TrainerCallback):
         assert run.window is not None
         window, names = run.window, [block.name for block in run.blocks.blocks]
         rates = {names[number]: rate for number, rate in window.rates.items()}
-        kind = {"change_rate": "change_rate", "gradient_norm": "gradient_norm"}.get(run.policy.signal or "")
-        if kind is not None:
-            self._logged |= {f"{kind}/{name}": rate for name, rate in rates.items()}
+        self._logged |= {f"{run.policy.signal}/{name}": rate for name, rate in rates.items()}
         scores = dict(zip(names, run.scores.scores.tolist()))
         RunRecord(str(args.output_dir), enabled=is_main_process()).append(
             EVENT,

@@ -117,7 +117,6 @@ class LayerwiseRun:
         self.window: Window | None = None
         self._meter = ChangeMeter(model, blocks) if self.policy.signal == "change_rate" else None
         self._turns = self._plan_turns(max_steps)
-        self._measured_until = min([config.interval_steps, *(steps for _, steps in self._turns)])
         self._newcomers: list[int] = []
         self._rates: dict[int, float] = {}
         self._since: dict[int, int] = {}
@@ -161,6 +160,11 @@ class LayerwiseRun:
             )
         bounds = [steps * turn // len(turns) for turn in range(len(turns) + 1)]
         return [(active, end - begin) for active, begin, end in zip(turns, bounds, bounds[1:])]
+
+    @property
+    def _measured_until(self) -> int:
+        """Steps of the shortest window, after which the change of its new blocks is measured in every window."""
+        return min([self.config.interval_steps, *(steps for _, steps in self._turns)])
 
     @property
     def warmup_steps(self) -> int:

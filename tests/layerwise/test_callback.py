@@ -391,3 +391,15 @@ def test_rates_are_of_as_many_steps_at_the_same_age_of_the_optimizer_state(build
     for before, line, after in zip([{"active": []}, *lines], lines, lines[1:]):
         names = {line["blocks"][number] for number in set(line["active"]) - set(before["active"])}
         assert set(after["rates"]) == names
+
+
+def test_a_longer_run_goes_on_with_the_warm_up_of_its_checkpoint(build, tmp_path):
+    def callback():
+        return LayerFreezeCallback(active_fraction=0.35, interval_steps=9)
+
+    first = callback()
+    build(first, save_strategy="steps", save_steps=10, max_steps=30).train()
+    second = callback()
+    build(second, max_steps=60).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
+    assert (first.run.warmup_steps, second.run.warmup_steps) == (6, 6)
+    assert first.run._measured_until == second.run._measured_until == 2
