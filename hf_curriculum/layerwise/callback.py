@@ -22,7 +22,7 @@ from ..core.records import RunRecord
 from .blocks import Blocks, find_blocks
 from .config import LayerwiseConfig
 from .forecast import tell_cost
-from .optimizer import ALWAYS, BLOCK_KEY, FROZEN, base_optimizer, split_groups
+from .optimizer import ALWAYS, BLOCK_KEY, FROZEN, base_optimizer, refresh_weights, split_groups
 from .policies import LayerPolicy
 from .report import END_EVENT, EVENT
 from .run import LayerwiseRun
@@ -191,6 +191,7 @@ class LayerFreezeCallback(TrainerCallback):
         if saved is None and state.global_step > 0:
             say("The checkpoint was written without layer freezing, which begins here.")
         if saved is not None:
+            refresh_weights(optimizer)
             self.run.restore(saved)
             if saved["is_measuring"]:
                 self.run.read_reference(_reference_path(args, state, self._resumed_from()))

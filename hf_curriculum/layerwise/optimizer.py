@@ -20,7 +20,7 @@ from ..core.distributed import rank_and_world
 from ..core.errors import invalid, unsupported
 
 
-__all__ = ["ALWAYS", "BLOCK_KEY", "FROZEN", "BlockOptimizer", "base_optimizer", "split_groups"]
+__all__ = ["ALWAYS", "BLOCK_KEY", "FROZEN", "BlockOptimizer", "base_optimizer", "refresh_weights", "split_groups"]
 
 # What a parameter group says of itself: the number of its block, or that it is outside the blocks.
 BLOCK_KEY = "layerwise_block"
@@ -51,6 +51,22 @@ def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
             "Use an optimizer that keeps its state per parameter, such as AdamW or SGD.",
         )
     return optimizer
+
+
+def refresh_weights(optimizer: Any) -> None:
+    """
+    Takes the weights over from the float32 copies of ZeRO-1 and ZeRO-2, once a checkpoint is loaded. Collective.
+
+    Of adapters the Trainer has DeepSpeed save only the weights that require a gradient: those of frozen blocks are
+    missing in the checkpoint, while their float32 copies are in it.
+
+    Args:
+        optimizer (`torch.optim.Optimizer` or a wrapper):
+            The trainer's.
+    """
+    wrapper = getattr(optimizer, "optimizer", None)
+    if hasattr(wrapper, "update_lp_params"):
+        wrapper.update_lp_params()
 
 
 def split_groups(optimizer: torch.optim.Optimizer, block_of: Mapping[int, int]) -> None:
