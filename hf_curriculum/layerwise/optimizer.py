@@ -64,7 +64,7 @@ def refresh_weights(optimizer: Any) -> None:
         optimizer (`torch.optim.Optimizer` or a wrapper):
             The trainer's.
     """
-    wrapper = getattr(optimizer, "optimizer", None)
+    wrapper: Any = getattr(optimizer, "optimizer", None)
     if hasattr(wrapper, "update_lp_params"):
         wrapper.update_lp_params()
 
