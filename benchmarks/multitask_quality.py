@@ -1,11 +1,14 @@
 """
-Do tasks gain or lose by being trained together: single-task LoRAs, one shared LoRA, MOELoRA and CGC-LoRA, over seeds.
+Do tasks gain or lose by sharing: separate LoRAs, one shared LoRA, MOELoRA, CGC-LoRA, attention fusion, over seeds.
 
 Four tasks of intent classification on a sentence encoder, few examples per class: three domains of CLINC150, two of
 them about money like the fourth task, BANKING77, one not. All arms train the same rank in all (24 in each adapted
 linear), see each row as often and take as many optimizer steps per task: a training on one task gets that task's share
 of the joint batch. `lora_alpha` is such that each expert starts at scale 2 under its gate. The learning rate of an arm
 is the better of the candidates on the first seed, by mean accuracy on rows that are neither trained on nor tested.
+
+The fused arms train task LoRAs of the same rank side by side at `--task_rate`, once for both, and then a fusion for as
+many steps at the rate of the arm; beside them stand single-task LoRAs with as many parameters more.
 
 Finished runs are kept in the output folder and skipped next time; processes started side by side with `--part 0/2` and
 `--part 1/2` share the arms.
@@ -22,7 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,13 +34,21 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, TrainingArguments
 
-from hf_curriculum import CGCLoraConfig, MultiTaskTrainer
+from hf_curriculum import (
+    AttentionFusionConfig,
+    AttentionFusionModel,
+    CGCLoraConfig,
+    MultiTaskTrainer,
+    cache_features,
+    measure_attention,
+)
 from hf_curriculum.analysis.classification_metrics import accuracy
 from hf_curriculum.analysis.seesaw import show_seesaw
 from hf_curriculum.core.console import show_table
 from hf_curriculum.core.files import write_atomic
 from hf_curriculum.core.metrics import seesaw_summary
 from hf_curriculum.core.order import seeded_order
+from hf_curriculum.multitask.attention_fusion.features import FeatureCollator
 from hf_curriculum.multitask.heads import MultiTaskHeads, TaskHead
 from hf_curriculum.multitask.labels import heads_of_labels
 
@@ -53,10 +64,12 @@ VALIDATION_ROWS = 4  # per class of BANKING77, which has no validation split
 
 @dataclass(frozen=True)
 class Arm:
-    """The model of some tasks, with `encode_label`, and whether all are trained together or each on its own."""
+    """The model of some tasks, with `encode_label`, and how it is trained."""
 
     build: Callable[[PreTrainedModel, Mapping[str, TaskHead]], nn.Module]
     together: bool = True
+    # Whether task models are trained first, and then what fuses them.
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,12 +106,28 @@ def cgc_lora(names: list[str]) -> PeftConfig:
     )  # fmt: skip
 
 
+def attention_fusion(level: str):
+    rank = TOTAL_RANK // len(TASKS)
+    return lambda base, heads: AttentionFusionModel(
+        base, AttentionFusionConfig(heads=dict(heads), level=level, lora=plain_lora(rank), pooling="mean")
+    )
+
+
+def single(rank: int) -> Arm:
+    return Arm(under_heads(lambda names: plain_lora(rank)), together=False)
+
+
 SINGLE = "single-task LoRAs"
 ARMS = {
-    SINGLE: Arm(under_heads(lambda names: plain_lora(TOTAL_RANK // len(TASKS))), together=False),
+    SINGLE: single(TOTAL_RANK // len(TASKS)),
     "one shared LoRA": Arm(under_heads(lambda names: plain_lora(TOTAL_RANK))),
     "MOELoRA": Arm(under_heads(moelora)),
     "CGC-LoRA": Arm(under_heads(cgc_lora)),
+    "fusion of outputs": Arm(attention_fusion("output"), fused=True),
+    "fusion in layers": Arm(attention_fusion("layer"), fused=True),
+    # Ranks with which four LoRAs have the parameters of four of rank 6 and of the fusion: 1.04 and 1.00 times as many.
+    "single-task LoRAs of rank 9": single(9),
+    "single-task LoRAs of rank 10": single(10),
 }
 
 
@@ -178,25 +207,67 @@ def train(options: argparse.Namespace, arm: Arm, names: list[str], rows: dict, s
     heads = heads_of_labels(names, *columns)
     model = arm.build(base, heads)
     batch = round(options.batch_size * len(ours["train"]) / len(rows["train"]))
-    trainer = MultiTaskTrainer(
+    in_heads = sum(head.num_labels * (base.config.hidden_size + 1) for head in heads.values())
+    found: dict[str, object] = {"batch": batch, "heads": in_heads}
+    if arm.fused:
+        found |= train_task_models(options, model, ours, schedule, tokenizer)
+        model.set_stage("fusion")
+    trainer = make_trainer(options, model, ours, schedule, batch, folder, tokenizer)
+    trainer.train()
+    found["last_loss"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    found["adapter"] = sum(part.numel() for part in model.parameters() if part.requires_grad) - in_heads
+    if arm.fused:
+        found["adapter"] += sum(part.numel() for name, part in model.named_parameters() if ".lora_" in name)
+        attention = measure_attention(model, encoded(ours["test"], model, tokenizer, options.max_length),
+                                      collator=DataCollatorWithPadding(tokenizer))  # fmt: skip
+        attention.show()
+        found["attention"] = attention.mean().tolist()
+    return {**found, **evaluated(options, trainer, model, ours, names, tokenizer)}
+
+
+def make_trainer(options, model, ours, schedule, batch, folder, tokenizer) -> MultiTaskTrainer:
+    """On tokens, or where only a fusion of outputs learns, on what the task models make of them."""
+    data = encoded(ours["train"], model, tokenizer, options.max_length)
+    collator = DataCollatorWithPadding(tokenizer)
+    if getattr(model, "fusion", None) is not None and model.stage == "fusion":
+        features = cache_features(model, data, options.output / "features", collator=collator)
+        data, collator = features.rows, features.collator
+    return MultiTaskTrainer(
         model=model,
         args=arguments(options, schedule, batch, folder),
-        train_dataset=encoded(ours["train"], model, tokenizer, options.max_length),
-        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=data,
+        data_collator=collator,
         processing_class=tokenizer,
     )
-    trainer.train()
-    in_heads = sum(head.num_labels * (base.config.hidden_size + 1) for head in heads.values())
-    found = {
-        "batch": batch,
-        "last_loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
-        "adapter": sum(part.numel() for part in model.parameters() if part.requires_grad) - in_heads,
-        "heads": in_heads,
-    }
+
+
+def train_task_models(options, model, ours, schedule, tokenizer) -> dict[str, object]:
+    """Trains the LoRA and head of each task side by side, or reads them; accuracies of the task models alone."""
+    folder = options.output / f"task-models-{schedule.seed}"
+    if not (folder / "scores.json").is_file():
+        first = replace(schedule, learning_rate=options.task_rate)
+        trainer = make_trainer(options, model, ours, first, options.batch_size, folder / "run", tokenizer)
+        trainer.train()
+        model.save_pretrained(folder)
+        scored = evaluated(options, trainer, model, ours, list(model.heads), tokenizer)
+        write_atomic(folder / "scores.json", lambda file: file.write(json.dumps(scored).encode()))
+    for name in model.heads:
+        model.load_task(name, folder / name)
+    alone = json.loads((folder / "scores.json").read_text())
+    return {"task_models": alone}
+
+
+def evaluated(options, trainer, model, ours, names, tokenizer) -> dict[str, dict[str, float]]:
+    """Accuracy of each task on the rows held out."""
+    found = {}
     for part in ("validation", "test"):
         # Rows of like length side by side need little padding.
         by_length = sorted(ours[part], key=lambda row: len(row["text"]))
-        found[part] = scores(trainer, encoded(by_length, model, tokenizer, options.max_length), names)
+        data = encoded(by_length, model, tokenizer, options.max_length)
+        if isinstance(trainer.data_collator.inner, FeatureCollator):
+            collator = DataCollatorWithPadding(tokenizer)
+            data = cache_features(model, data, options.output / "features", collator=collator).rows
+        found[part] = scores(trainer, data, names)
     return found
 
 
@@ -237,6 +308,7 @@ def run(options: argparse.Namespace, name: str, rate: float, seed: int) -> dict:
         "cpu_seconds": time.process_time() - started,
         **{key: sum(part[key] for part in parts) for key in ("adapter", "heads")},
         **{key: [part[key] for part in parts] for key in ("batch", "last_loss")},
+        **{key: parts[0][key] for key in ("task_models", "attention") if key in parts[0]},
         **scored,
     }
     write_atomic(path, lambda file: file.write(json.dumps(result).encode()))
@@ -320,6 +392,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=48)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--task_rate", type=float, default=3e-3, help="of the task models that are fused")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="autocast")

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from .layerwise.callback import LayerFreezeCallback
     from .layerwise.config import LayerwiseConfig
     from .layerwise.policies import LayerPolicy
+    from .multitask.attention_fusion import (
+        AttentionFusionConfig,
+        AttentionFusionModel,
+        cache_features,
+        measure_attention,
+    )
     from .multitask.cgc_lora import CGCLoraConfig, CGCLoraModel, export_task_adapters
     from .multitask.collator import MultiTaskCollator
     from .multitask.config import MultiTaskConfig
@@ -44,6 +50,8 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "AttentionFocus": "analysis.attention",
+    "AttentionFusionConfig": "multitask.attention_fusion",
+    "AttentionFusionModel": "multitask.attention_fusion",
     "CGCLoraConfig": "multitask.cgc_lora",
     "CGCLoraModel": "multitask.cgc_lora",
     "CurriculumConfig": "curriculum.config",
@@ -72,12 +80,16 @@ _ROOMS = {
     "TaskRegistry": "multitask.tasks",
     "assign_levels": "curriculum.levels",
     "build_plan": "curriculum.plan",
+    "cache_features": "multitask.attention_fusion",
     "export_task_adapters": "multitask.cgc_lora",
+    "measure_attention": "multitask.attention_fusion",
     "score_dataset": "curriculum.dataset",
 }
 
 __all__ = [
     "AttentionFocus",
+    "AttentionFusionConfig",
+    "AttentionFusionModel",
     "CGCLoraConfig",
     "CGCLoraModel",
     "CurriculumConfig",
@@ -107,7 +119,9 @@ __all__ = [
     "__version__",
     "assign_levels",
     "build_plan",
+    "cache_features",
     "export_task_adapters",
+    "measure_attention",
     "score_dataset",
 ]
 

@@ -7,7 +7,7 @@ Shapes: B rows in the batch, S positions in a row, T positions of a batch flatte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,9 +16,17 @@ from ..core.errors import invalid, unsupported
 from .tasks import TaskRegistry
 
 
-__all__ = ["MultiTaskCollator"]
+__all__ = ["ChecksModel", "MultiTaskCollator"]
 
 Row = dict[str, Any]
+
+
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A data collator whose batches fit certain models alone, such as those of cached features."""
+
+    def check_model(self, model: object) -> None:
+        """Raises an error for another model."""
 
 
 class MultiTaskCollator:

@@ -26,6 +26,7 @@ __all__ = [
     "find_head_files",
     "load_backbone",
     "read_head_files",
+    "tensors_below",
     "write_head_files",
 ]
 
@@ -84,18 +85,36 @@ def read_head_files(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     return settings, tensors
 
 
-def find_head_files(source: str) -> Path | None:
+def tensors_below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The weights of a part of a model.
+
+    Args:
+        prefix (`str`):
+            Name of the part, with the dot.
+        tensors (`Mapping[str, torch.Tensor]`):
+            The weights of the model by name.
+
+    Returns:
+        `dict[str, torch.Tensor]`: without the prefix.
+    """
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def find_head_files(source: str, **kwargs: Any) -> Path | None:
     """
     Looks for heads beside an adapter.
 
     Args:
         source (`str`):
             A folder, or a Hub id, whose files are then fetched.
+        **kwargs:
+            Passed on to [`~transformers.utils.hub.cached_file`], such as `subfolder` and `revision`.
 
     Returns:
         `Path`, *optional*: the folder with both files; None if there is no `task_heads.json`.
     """
-    found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in HEAD_FILES]
+    found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False, **kwargs) for name in HEAD_FILES]
     return None if found[0] is None else Path(found[0]).parent
 
 

@@ -6,44 +6,30 @@ Shapes: B rows, S positions, H hidden size, T tasks, C_t outputs of task t, C th
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..core.errors import invalid, unsupported
-from .absent import TaskBlocks, task_owners
+from ..core.errors import invalid
 from .aware import model_tasks, takes_tasks
-from .head_files import EXPECTED, load_backbone, read_head_files, write_head_files
-from .head_math import POOLINGS, HeadLayout, pool, row_losses
-from .task_head import IGNORED, PROBLEM_TYPES, TaskHead, label_values, prediction
-from .tasks import TaskRegistry, Tasks
+from .classifier import TaskClassifier
+from .head_files import EXPECTED, load_backbone, read_head_files, tensors_below
+from .head_math import pool
+from .task_head import TaskHead
+from .tasks import Tasks
 
 
 __all__ = ["MultiTaskHeads"]
 
 
-class MultiTaskHeads(nn.Module):
+class MultiTaskHeads(TaskClassifier):
     r"""
-    A sequence classifier with one head per task.
-
-    All heads are rows of one matrix, so that a batch of mixed tasks takes one product, no loop over rows and no
-    waiting for the device; each row then picks the outputs of its own task. Every head is in every graph, as DDP and
-    ZeRO need it: one whose task is absent from a batch gets a gradient of zero, and
-    [`~hf_curriculum.multitask.absent.freeze_absent_tasks`], which the trainers of this package call, keeps momentum
-    and weight decay from moving it.
-
-    The loss is the mean over the labelled rows, so a task weighs as many rows as it has in the batch (the sampler's
-    business), of each row's loss in units of an uninformed guess, so that no task weighs more for the number or kind
-    of its outputs (our choice): cross-entropy divided by log C_t, binary cross-entropy averaged over the C_t and
-    divided by log 2, squared errors averaged over the C_t and divided by `target_scale` squared.
+    A sequence classifier with one head per task. See [`TaskClassifier`] for the heads and their loss.
 
     Args:
         backbone ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -76,10 +62,6 @@ class MultiTaskHeads(nn.Module):
     ```
     """
 
-    # Its mean is over the rows of a micro-batch: the Trainer must divide by the accumulation steps itself, and would
-    # count labels as a causal model's.
-    accepts_loss_kwargs = False
-
     def __init__(
         self,
         backbone: PreTrainedModel | PeftModel,
@@ -88,47 +70,11 @@ class MultiTaskHeads(nn.Module):
         pooling: str,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__()
-        if not heads or not all(isinstance(head, TaskHead) for head in heads.values()):
-            raise invalid("heads", heads, "a `TaskHead` by the name of each task")
-        if pooling not in POOLINGS:
-            raise invalid("pooling", pooling, f"one of {', '.join(POOLINGS)}")
-        if not 0 <= dropout < 1:
-            raise invalid("dropout", dropout, "a float in [0, 1)")
-        if getattr(backbone.config, "is_encoder_decoder", False):
-            raise unsupported(
-                "Task heads over an encoder-decoder",
-                "its last hidden states are the decoder's, of another input",
-                "Use its encoder (`model.get_encoder()`), or an encoder or decoder model.",
-            )
+        super().__init__(backbone, heads, pooling=pooling, dropout=dropout)
         known = model_tasks(backbone)
         if known is not None and known.names != tuple(heads):
             raise invalid("heads", list(heads), f"one for each task of the backbone, {list(known.names)}, in order")
-        self.backbone = backbone
-        self.config = backbone.config
-        self.heads = dict(heads)
-        self.pooling = pooling
-        self._registry = TaskRegistry(list(heads))
         self._passes_tasks = takes_tasks(backbone)
-        self.layout = HeadLayout([(head.num_labels, head.problem_type, head.target_scale) for head in heads.values()])
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(backbone.config.get_text_config().hidden_size, self.layout.num_outputs)
-        # As transformers starts its classifiers.
-        nn.init.normal_(self.classifier.weight, std=getattr(backbone.config, "initializer_range", 0.02))
-        nn.init.zeros_(self.classifier.bias)
-        first = next(backbone.parameters())
-        # Not in 16 bits, in which small updates round to nothing; PEFT keeps its adapters in float32 likewise.
-        dtype = torch.promote_types(first.dtype, torch.float32) if first.is_floating_point() else torch.float32
-        self.classifier.to(device=first.device, dtype=dtype)
-
-    def registry(self) -> TaskRegistry:
-        """The tasks: names and ids."""
-        return self._registry
-
-    def task_blocks(self) -> tuple[int, list[TaskBlocks]]:
-        """T, and the rows of the heads that belong to single tasks: all."""
-        owners = task_owners([head.num_labels for head in self.heads.values()], len(self.heads))
-        return len(self.heads), [TaskBlocks(parameter, owners) for parameter in self.classifier.parameters()]
 
     def forward(
         self,
@@ -166,108 +112,16 @@ class MultiTaskHeads(nn.Module):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids, **inputs}
         given = {name: value for name, value in given.items() if value is not None}
         rows = input_ids if input_ids is not None else inputs["inputs_embeds"]
-        if tasks is None and len(self.heads) == 1:
-            tasks = 0
-        if tasks is None:
-            raise invalid("tasks", None, "the task of each row", f"Tasks: {', '.join(self._registry)}.")
-        ids = self._registry.ids(tasks, batch_size=rows.shape[0])
-        # Where this costs no waiting for a device; trainers look at all rows before training.
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and (ids < 0).any():
-            one_of = f"one of {', '.join(self._registry)}"
-            raise invalid("tasks", "common or uniform", one_of, "Heads are of one task.")
-        ids = ids.to(rows.device)
-        if ids.dim() == 2:
-            raise unsupported(
-                "A task per token with task heads", "rows of a flattened batch cannot be told apart", "Pad the batch."
-            )
+        ids = self.row_tasks(tasks, rows)
         if self._passes_tasks:
             given["tasks"] = ids
         hidden = self.backbone(**given).last_hidden_state  # [B, S, H]
-        pooled = self.dropout(pool(hidden, attention_mask, self.pooling))
-        logits = self.layout.pick(self.classifier(pooled.to(self.classifier.weight.dtype)), ids)
-        loss = None
-        if labels is not None:
-            losses, weights = row_losses(logits, labels, ids, self.layout)
-            scaled = losses / self.layout.guess_loss(ids, losses)
-            # A batch without labels still needs a graph.
-            loss = (scaled * weights).sum() / weights.sum().clamp(min=1)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        answer = self.answer(pool(hidden, attention_mask, self.pooling), ids, labels)
+        return SequenceClassifierOutput(loss=answer["loss"], logits=answer["logits"])
 
-    def row_losses(
-        self, logits: torch.Tensor, labels: torch.Tensor, tasks: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Losses of rows in their own units, for logs: nats, or squared errors.
-
-        Args:
-            logits (`torch.Tensor` of shape `(B, C)`):
-                What [`forward`] returned.
-            labels (`torch.Tensor` of shape `(B,)` or `(B, K)`):
-                The labels.
-            tasks (`torch.Tensor` of shape `(B,)`, int64):
-                Ids.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`, both of shape `(B,)`, float32: losses, and 1 where there is a label.
-        """
-        return row_losses(logits, labels, tasks, self.layout)
-
-    @property
-    def label_width(self) -> int | None:
-        """K, the columns of labels; None where every task has a single number, and labels have shape `(B,)`."""
-        widths = [1 if head.problem_type == PROBLEM_TYPES[0] else head.num_labels for head in self.heads.values()]
-        kinds = {head.problem_type for head in self.heads.values()}
-        return None if max(widths) == 1 and len(kinds) == 1 else max(widths)
-
-    def encode_label(self, task: str | int, label: Any) -> int | float | list[float]:
-        """
-        Writes a label as the column `labels` of a data set needs it.
-
-        Args:
-            task (`str` or `int`):
-                The row's task.
-            label (`Any`):
-                A class, by id or name; a list of those that apply (multi-label); a number or a list of numbers
-                (regression); None where there is none.
-
-        Returns:
-            `int` or `float` where all tasks of the model have one such number, else `list[float]` of length K, padded
-            with -100.
-
-        Raises:
-            `ValueError`: for a class that the task does not have, or numbers that are no targets.
-        """
-        name = self._registry.name(self._registry.id(task))
-        if name not in self.heads:
-            raise invalid("task", task, f"one of {', '.join(self.heads)}")
-        head = self.heads[name]
-        values = [float(IGNORED)] if label is None else label_values(head, label)
-        if self.label_width is None:
-            return values[0] if head.problem_type == "regression" else int(values[0])
-        padding = self.label_width - len(values)
-        return [float(value) for value in values] + [float(IGNORED)] * padding
-
-    def decode(self, logits: torch.Tensor, tasks: Tasks) -> list[Any]:
-        """
-        Reads predictions, on the CPU.
-
-        Args:
-            logits (`torch.Tensor` of shape `(B, C)`):
-                What [`forward`] returned.
-            tasks (`str`, `int`, `Sequence` or `torch.Tensor`):
-                Task of each row, or of all.
-
-        Returns:
-            `list` of length B: a class (its name where there are names); a list of classes of probability above 1/2
-            (multi-label); a list of C_t numbers (regression).
-        """
-        ids = self._registry.ids(tasks, len(logits)).tolist()
-        rows = logits.float().cpu()
-        return [prediction(self.heads[self._registry.name(task)], row) for row, task in zip(rows, ids, strict=True)]
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Passed on to the backbone."""
-        self.backbone.gradient_checkpointing_enable(*args, **kwargs)
+        self.backbone.activation_checkpointing_enable(*args, **kwargs)
 
     def save_pretrained(
         self,
@@ -291,56 +145,27 @@ class MultiTaskHeads(nn.Module):
                 Passed on to the backbone's `save_pretrained`.
         """
         if state_dict is not None:
-            kwargs["state_dict"] = _below("backbone.", state_dict)
+            kwargs["state_dict"] = tensors_below("backbone.", state_dict)
         self.backbone.save_pretrained(str(folder), is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            tensors = self.classifier.state_dict() if state_dict is None else _below("classifier.", state_dict)
-            write_head_files(folder, self._settings(self.heads), tensors)
+            self.save_heads(folder, state_dict)
 
-    def save_head(self, task: str, folder: str | os.PathLike[str]) -> None:
+    def load_weights(self, folder: str | os.PathLike[str]) -> Any:
         """
-        Writes the head of one task alone, for [`from_pretrained`] over a backbone that is adapted to that task.
-
-        Args:
-            task (`str`):
-                Name of the task.
-            folder (`str` or `os.PathLike`):
-                The folder, which gets `task_heads.safetensors` and `task_heads.json`.
-
-        Raises:
-            `ValueError`: for an unknown task.
-        """
-        if task not in self.heads:
-            raise invalid("task", task, f"one of {', '.join(self.heads)}")
-        start = sum(head.num_labels for head in list(self.heads.values())[: self._registry.id(task)])
-        own = slice(start, start + self.heads[task].num_labels)
-        tensors = {name: value[own] for name, value in self.classifier.state_dict().items()}
-        write_head_files(folder, self._settings({task: self.heads[task]}), tensors)
-
-    def _settings(self, heads: Mapping[str, TaskHead]) -> dict[str, Any]:
-        described = {name: asdict(head) for name, head in heads.items()}
-        return {"pooling": self.pooling, "dropout": self.dropout.p, "heads": described}
-
-    def load_heads(self, folder: str | os.PathLike[str]) -> None:
-        """
-        Reads the weights of the heads, not of the backbone, into this model.
+        Reads the heads, not the backbone, of a checkpoint into this model.
 
         Args:
             folder (`str` or `os.PathLike`):
                 A folder that [`save_pretrained`] wrote from heads like these.
 
+        Returns:
+            The backbone, whose weights are the Trainer's to read.
+
         Raises:
-            `ValueError`: if a file is missing or unreadable, or its heads are others.
+            `ValueError`: as in [`load_heads`].
         """
-        settings, tensors = read_head_files(folder)
-        ours: dict[str, Any] = json.loads(json.dumps(self._settings(self.heads)))["heads"]
-        theirs = settings.get("heads")
-        if theirs != ours or list(theirs) != list(ours):
-            raise invalid("folder", f"{folder}, with other heads than the model", f"heads {list(self.heads)} as here")
-        try:
-            self.classifier.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise invalid("folder", f"{folder}, which cannot be read ({error})", EXPECTED) from error
+        self.load_heads(folder)
+        return self.backbone
 
     @classmethod
     def from_pretrained(
@@ -382,8 +207,3 @@ class MultiTaskHeads(nn.Module):
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise invalid("folder", f"{folder}, which cannot be read ({error})", EXPECTED) from error
         return model.eval()
-
-
-def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

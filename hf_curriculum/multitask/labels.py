@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +15,25 @@ from ..core.errors import invalid
 from .task_head import IGNORED, PROBLEM_TYPES, TaskHead
 
 
-__all__ = ["check_labels", "heads_of_labels"]
+__all__ = ["best_thresholds", "check_labels", "heads_of_labels"]
 
-FIX = "labels as `MultiTaskHeads.encode_label` writes them"
+FIX = "`MultiTaskHeads.encode_label` writes them."
+KINDS = "a class by name or id, a list of classes, a finite number with a decimal point, or None"
 
 
-def heads_of_labels(names: Sequence[str], tasks: Iterable[str | int], labels: Iterable[Any]) -> dict[str, TaskHead]:
+def heads_of_labels(
+    names: Sequence[str], tasks: Iterable[str | int], labels: Iterable[Any], *, class_weights: str | None = None
+) -> dict[str, TaskHead]:
     """
     The head of each task, from the kind of its labels.
 
     Numbers with a decimal point are regressed, in units of their standard deviation; lists of classes are multi-label;
     all else is one class.
+
+    Balanced weights are N / (C n_c), as in scikit-learn, over the N rows of a task, the C classes that occur in them
+    and the n_c rows of each, so that their mean over the rows is 1; multi-label, the rows in which a class does not
+    apply for each in which it does. A class without either gets 1: one that no row has (there are such among classes
+    given by id), or one that applies in all rows. Regressions have none.
 
     Args:
         names (`Sequence[str]` of length T):
@@ -30,41 +41,145 @@ def heads_of_labels(names: Sequence[str], tasks: Iterable[str | int], labels: It
         tasks (`Iterable[str | int]` of length N):
             Task of each row, by name or id.
         labels (`Iterable` of length N):
-            Label of each row: a class by name or number, a list of classes, a number, or None.
+            Label of each row: a class by name or id, a list of classes, a number, or None where there is none.
+        class_weights (`str`, *optional*):
+            `"balanced"`: heads with class weights, so that rare classes count as much as frequent ones.
 
     Returns:
         `dict[str, TaskHead]`: in the order of `names`.
 
     Raises:
-        `ValueError`: for a task without labels.
+        `ValueError`: for a task without labels, labels of several kinds in one task, NaN, or negative ids.
 
     Example:
 
     ```python
     >>> from hf_curriculum.multitask.labels import heads_of_labels
 
-    >>> heads_of_labels(["topic"], ["topic"] * 3, ["sport", "art", "art"])["topic"].id2label
-    ('art', 'sport')
+    >>> labels = ["art", "sport", "art", "art"]
+    >>> head = heads_of_labels(["topic"], ["topic"] * 4, labels, class_weights="balanced")["topic"]
+    >>> head.id2label, head.class_weights
+    (('art', 'sport'), (0.6666666666666666, 2.0))
     ```
     """
+    if class_weights not in (None, "balanced"):
+        raise invalid("class_weights", class_weights, "None or 'balanced'")
     found: dict[str, list[Any]] = {task: [] for task in names}
-    for task, label in zip(tasks, labels, strict=True):
-        if label is not None:
-            found[task if isinstance(task, str) else names[task]].append(label)
+    kinds: dict[str, str] = {}
+    for row, (task, label) in enumerate(zip(tasks, labels, strict=True)):
+        if label is None:
+            continue
+        name = task if isinstance(task, str) else names[task]
+        kind = _kind(label)
+        if kind is None:
+            raise invalid("labels", f"{label!r} in row {row}, of task {name}", KINDS)
+        if kinds.setdefault(name, kind) != kind:
+            raise invalid(
+                "labels", f"{label!r} in row {row}, of task {name}", f"a label for a {kinds[name]}, as before"
+            )
+        found[name].append(label)
     if empty := [task for task, values in found.items() if not values]:
         raise invalid("labels", f"no label of task {empty[0]}", "labels for every task")
-    return {task: _head(values) for task, values in found.items()}
+    return {task: _head(task, kinds[task], values, class_weights) for task, values in found.items()}
 
 
-def _head(values: list[Any]) -> TaskHead:
-    if all(isinstance(value, float) for value in values):
-        return TaskHead(1, "regression", target_scale=float(np.std(values)) or 1.0)
-    several = isinstance(values[0], list)
-    classes = sorted({name for value in values for name in (value if several else [value])})
-    kind = "multi_label_classification" if several else "single_label_classification"
-    if all(isinstance(name, str) for name in classes):
-        return TaskHead(len(classes), kind, id2label=tuple(classes))
-    return TaskHead(max(classes) + 1, kind)
+def _kind(label: Any) -> str | None:
+    """What a label is a label for; None if for nothing."""
+    single, several, numbers = PROBLEM_TYPES
+    if isinstance(label, float | np.floating):
+        return numbers if math.isfinite(label) else None
+    if isinstance(label, list | tuple | np.ndarray):
+        return several if all(_kind(name) == single for name in label) else None
+    if isinstance(label, int | np.integer) and not isinstance(label, bool):
+        return single if label >= 0 else None
+    return single if isinstance(label, str) else None
+
+
+def _head(task: str, kind: str, values: list[Any], class_weights: str | None) -> TaskHead:
+    if kind == "regression":
+        return TaskHead(1, kind, target_scale=float(np.std(values)) or 1.0)
+    several = kind == PROBLEM_TYPES[1]
+    # A class named twice in a row applies once.
+    rows_of = Counter(name for value in values for name in (set(value) if several else [value]))
+    named = [isinstance(name, str) for name in rows_of]
+    if any(named) and not all(named):
+        raise invalid("labels", f"classes by name and by id, of task {task}", "all by name, or all by id")
+    classes: list[Any] = sorted(rows_of) if any(named) else list(range(max(rows_of, default=-1) + 1))
+    head = TaskHead(len(classes), kind, id2label=tuple(classes) if any(named) else None)
+    if class_weights is None:
+        return head
+    counts = np.array([rows_of[name] for name in classes])
+    return replace(head, class_weights=_balanced(counts, len(values), several=several))
+
+
+def _balanced(counts: np.ndarray, num_rows: int, *, several: bool) -> tuple[float, ...]:
+    """Weights of classes from the rows that have them, `(C_t,)`, int64."""
+    occur = counts > 0
+    ratio = (num_rows - counts if several else num_rows / occur.sum()) / np.maximum(counts, 1)
+    return tuple(np.where(occur & (ratio > 0), ratio, 1.0).tolist())
+
+
+def best_thresholds(scores: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    """
+    The thresholds of a multi-label task that maximise the F1 of each class.
+
+    Those tried are 0.5 and the middles between neighbouring scores; of several that are equally good, the one nearest
+    to 0.5 is taken. Find them on rows held out from training: on the training rows they would be those of a model
+    that is surer than it is right.
+
+    Args:
+        scores (`np.ndarray` of shape `(N, C)`):
+            Probabilities, in [0, 1].
+        labels (`np.ndarray` of shape `(N, C)`):
+            0 or 1.
+
+    Returns:
+        `tuple[float, ...]` of length C: in (0, 1), for [`~hf_curriculum.multitask.task_head.TaskHead`]; 0.5 for a
+        class that applies in no row or in all of them.
+
+    Raises:
+        `ValueError`: for other shapes, probabilities out of range or NaN, or labels other than 0 and 1.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_curriculum.multitask.labels import best_thresholds
+
+    >>> best_thresholds(np.array([[0.1, 0.7], [0.25, 0.2], [0.75, 0.9]]), np.array([[0, 1], [1, 0], [1, 1]]))
+    (0.175, 0.5)
+    ```
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or 0 in scores.shape:
+        raise invalid("scores", f"shape {scores.shape}", "(rows, classes), at least one of each")
+    if labels.shape != scores.shape:
+        raise invalid("labels", f"shape {labels.shape}", f"that of the scores, {scores.shape}")
+    for name, values, fits, expected in (
+        ("scores", scores, (scores >= 0) & (scores <= 1), "probabilities in [0, 1]"),
+        ("labels", labels, (labels == 0) | (labels == 1), "0 or 1; leave rows without a label out"),
+    ):
+        if not fits.all():
+            row, column = np.argwhere(~fits)[0]
+            raise invalid(name, f"{values[row, column]} in row {row}, of class {column}", expected)
+    ours = zip(scores.astype(np.float64).T, (labels == 1).T, strict=True)
+    return tuple(_best_threshold(own, wanted) for own, wanted in ours)
+
+
+def _best_threshold(scores: np.ndarray, wanted: np.ndarray) -> float:
+    """Of one class; both of shape `(N,)`."""
+    if wanted.all() or not wanted.any():
+        return 0.5
+    order = np.argsort(scores)
+    scores, wanted = scores[order], wanted[order]
+    distinct = np.unique(np.append(0.0, scores))
+    middles = (distinct[:-1] + distinct[1:]) / 2
+    tried = np.append(middles[(middles > 0) & (middles < 1)], 0.5)
+    below = np.searchsorted(scores, tried, side="right")
+    hits = wanted.sum() - np.append(0, np.cumsum(wanted))[below]
+    f1 = 2 * hits / (len(scores) - below + wanted.sum())
+    best = tried[f1 == f1.max()]
+    return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def check_labels(heads: Mapping[str, TaskHead], rows: Dataset, task_ids: np.ndarray, name: str) -> None:
@@ -88,22 +203,47 @@ def check_labels(heads: Mapping[str, TaskHead], rows: Dataset, task_ids: np.ndar
         raise invalid(name, f"row {int(np.argmax(task_ids < 0))} of no single task", "a task with a head in every row")
     if "labels" not in rows.column_names or not len(rows):
         return
+    column = rows["labels"][:]
     try:
-        labels = np.asarray(rows["labels"][:], dtype=np.float64).reshape(len(rows), -1)
+        labels = np.asarray(column, dtype=np.float64).reshape(len(rows), -1)
     except (TypeError, ValueError) as error:
-        raise invalid(name, f"labels that are no table of numbers ({error})", FIX) from error
+        row = _odd_row(column)
+        got = f"labels {column[row]!r} in row {row} beside {column[0]!r} in row 0: no table of numbers"
+        raise invalid(name, got, "numbers, as many in every row", FIX) from error
     for task, (title, head) in enumerate(heads.items()):
         own = (task_ids == task) & (labels[:, 0] != IGNORED)
         if (wrong := own & _is_wrong(head, labels)).any():
             row = int(np.argmax(wrong))
-            raise invalid(name, f"labels {rows['labels'][row]} in row {row}, of task {title}", FIX)
+            expected = f"{_expected(head)} (or {IGNORED} in the first place: no label)"
+            raise invalid(name, f"labels {column[row]} in row {row}, of task {title}", expected, FIX)
+
+
+def _odd_row(column: Sequence[Any]) -> int:
+    """The first row that is no numbers, or not as many as those of row 0; 0 if there is none."""
+    first = None
+    for row, label in enumerate(column):
+        try:
+            size = np.asarray(label, dtype=np.float64).shape
+        except (TypeError, ValueError):
+            return row
+        first = size if first is None else first
+        if size != first:
+            return row
+    return 0
+
+
+def _expected(head: TaskHead) -> str:
+    if head.problem_type == PROBLEM_TYPES[0]:
+        return f"a class in [0, {head.num_labels})"
+    kind = "finite numbers" if head.problem_type == "regression" else "numbers that are 0 or 1"
+    return f"{head.num_labels} {kind}"
 
 
 def _is_wrong(head: TaskHead, labels: np.ndarray) -> np.ndarray:
     """Which rows hold no label of the head, `(N,)`, bool."""
     if head.problem_type == PROBLEM_TYPES[0]:
         first = labels[:, 0]
-        return np.asarray(~((first >= 0) & (first < head.num_labels) & (first % 1 == 0)))
+        return np.asarray(~((first >= 0) & (first < head.num_labels) & (first == np.floor(first))))
     values = labels[:, : head.num_labels]
     if values.shape[1] < head.num_labels:
         return np.ones(len(labels), dtype=bool)

@@ -29,10 +29,10 @@ from .aware import (
     takes_tasks,
 )
 from .checks import check_arguments, check_bases, check_names, decides_order
-from .collator import MultiTaskCollator
+from .classifier import TaskClassifier
+from .collator import ChecksModel, MultiTaskCollator
 from .config import MultiTaskConfig
 from .epochs import epoch_stages
-from .heads import MultiTaskHeads
 from .labels import check_labels
 from .loss_watch import TaskLossWatch
 from .packing import pack_with_tasks
@@ -101,7 +101,7 @@ class MultiTaskMixin(RunMixin):
         model = arguments.get("model")
         for name, rows in parts(arguments["train_dataset"], arguments.get("eval_dataset")):
             ids = row_task_ids(rows, self.multitask.task_column, self.task_registry)
-            if isinstance(model, MultiTaskHeads):
+            if isinstance(model, TaskClassifier):
                 check_labels(model.heads, rows, ids, name)
         arguments["args"] = copy.copy(arguments.get("args"))
         super().__init__(**arguments)
@@ -120,13 +120,16 @@ class MultiTaskMixin(RunMixin):
         if (warning := moves_absent_tasks(self.model, backend, hold)) is not None:
             say(warning)
         self._holds_absent_tasks = hold is not False and warning is None
-        self.data_collator = MultiTaskCollator(self.data_collator, self.task_registry, self.multitask.task_column)
+        collator: Any = self.data_collator
+        if isinstance(collator, ChecksModel):
+            collator.check_model(self.model)
+        self.data_collator = MultiTaskCollator(collator, self.task_registry, self.multitask.task_column)
         self._loss_watch = TaskLossWatch(
             self.task_registry,
             self.accelerator,
             shift_labels=self._loss_shifts_labels,
             training=self.multitask.log_task_losses,
-            row_losses=heads.row_losses if isinstance(heads, MultiTaskHeads) else None,
+            row_losses=heads.row_losses if isinstance(heads, TaskClassifier) else None,
         )
 
     # Before training: tasks, order
@@ -302,8 +305,8 @@ class MultiTaskMixin(RunMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # The Trainer knows no model but those of transformers and PEFT: of heads it would write all weights, those of
         # the frozen backbone too, and nothing that says what they are.
-        heads: nn.Module = self.model
-        if not isinstance(heads, MultiTaskHeads):
+        heads: Any = self.model
+        if not isinstance(heads, TaskClassifier):
             super()._save(output_dir, state_dict)
             return
         target = Path(str(self.args.output_dir) if output_dir is None else output_dir)
@@ -315,14 +318,15 @@ class MultiTaskMixin(RunMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         heads = self.model if model is None else model
-        if isinstance(heads, MultiTaskHeads) and not self.is_fsdp_enabled:
-            heads.load_heads(resume_from_checkpoint)
-            model = heads.backbone
+        if isinstance(heads, TaskClassifier) and not self.is_fsdp_enabled:
+            model = heads.load_weights(resume_from_checkpoint)
+            if model is None:
+                return
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         heads: nn.Module = self.model
-        if isinstance(heads, MultiTaskHeads) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if isinstance(heads, TaskClassifier) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()

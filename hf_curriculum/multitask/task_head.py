@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log
 from typing import Any
 
 import numpy as np
@@ -35,15 +35,37 @@ class TaskHead:
         target_scale (`float`, *optional*, defaults to `1.0`):
             Of a regression: the spread of its targets (their standard deviation), above 0. Squared errors are divided
             by its square in the loss.
+        class_weights (`tuple[float, ...]` of length C_t, *optional*):
+            How much each class counts in the loss, above 0. Where one class is right: a row counts by the weight of
+            its class, and only the ratios of the weights matter, since the loss divides them by their harmonic mean.
+            Multi-label: how much a class that applies counts against one that does not, so 1.0 changes nothing and
+            the size matters, as in `torch.nn.BCEWithLogitsLoss(pos_weight=)`.
+            [`~hf_curriculum.multitask.labels.heads_of_labels`] makes those that balance the classes.
+        threshold (`float` or `tuple[float, ...]` of length C_t, *optional*, defaults to `0.5`):
+            Multi-label: a class is predicted where its probability is above, in (0, 1); of all classes or of each.
+            [`~hf_curriculum.multitask.labels.best_thresholds`] finds them.
 
     Raises:
         `ValueError`: for a value out of range, or one that does nothing beside the others.
+
+    Example:
+
+    ```python
+    >>> from hf_curriculum.multitask.task_head import TaskHead
+
+    >>> TaskHead(2, class_weights=(1.0, 9.0)).class_weights
+    (1.0, 9.0)
+    >>> TaskHead(3, "multi_label_classification", threshold=(0.5, 0.2, 0.7)).threshold
+    (0.5, 0.2, 0.7)
+    ```
     """
 
     num_labels: int
     problem_type: str = "single_label_classification"
     id2label: tuple[str, ...] | None = None
     target_scale: float = 1.0
+    class_weights: tuple[float, ...] | None = None
+    threshold: float | tuple[float, ...] = 0.5
 
     def __post_init__(self) -> None:
         if self.problem_type not in PROBLEM_TYPES:
@@ -60,6 +82,39 @@ class TaskHead:
             raise invalid("target_scale", self.target_scale, "a float > 0")
         if self.target_scale != 1.0 and self.problem_type != "regression":
             raise invalid("target_scale", self.target_scale, "1.0 except for a regression")
+        self._check_class_weights()
+        self._check_threshold()
+
+    def _check_class_weights(self) -> None:
+        if self.class_weights is None:
+            return
+        if self.problem_type == "regression":
+            raise invalid("class_weights", self.class_weights, "None for a regression, which has no classes")
+        weights = _finite(self.class_weights)
+        if weights is None or len(weights) != self.num_labels or min(weights) <= 0:
+            expected = f"{self.num_labels} finite numbers > 0, one for each class"
+            raise invalid("class_weights", self.class_weights, expected)
+        object.__setattr__(self, "class_weights", weights)
+
+    def _check_threshold(self) -> None:
+        one = not isinstance(self.threshold, Iterable)
+        found = _finite([self.threshold] if one else self.threshold)
+        if found is None or len(found) != (1 if one else self.num_labels) or not 0 < min(found) <= max(found) < 1:
+            expected = f"a float in (0, 1), or {self.num_labels} of them, one for each class"
+            raise invalid("threshold", self.threshold, expected)
+        object.__setattr__(self, "threshold", found[0] if one else found)
+        if self.threshold != 0.5 and self.problem_type != "multi_label_classification":
+            raise invalid("threshold", self.threshold, "0.5 except for a multi-label classification")
+
+
+def _finite(values: Any) -> tuple[float, ...] | None:
+    """Numbers as floats; None where one is not a finite number."""
+    if not isinstance(values, list | tuple | np.ndarray):
+        return None
+    numbers = (int, float, np.integer, np.floating)
+    if not all(isinstance(value, numbers) and not isinstance(value, bool) and isfinite(value) for value in values):
+        return None
+    return tuple(float(value) for value in values)
 
 
 def label_values(head: TaskHead, label: Any) -> list[float]:
@@ -93,15 +148,18 @@ def prediction(head: TaskHead, logits: torch.Tensor) -> Any:
             The first C_t are the task's own.
 
     Returns:
-        A class (its name where there are names); a list of the classes of probability above 1/2 (multi-label); a list
-        of C_t numbers (regression).
+        A class (its name where there are names); a list of the classes of probability above the head's `threshold`
+        (multi-label); a list of C_t numbers (regression).
     """
     own = logits[: head.num_labels]
     names: tuple[str | int, ...] = head.id2label or tuple(range(head.num_labels))
     if head.problem_type == "regression":
         return own.tolist()
     if head.problem_type == "multi_label_classification":
-        return [names[number] for number, logit in enumerate(own.tolist()) if logit > 0]
+        probabilities = head.threshold if isinstance(head.threshold, tuple) else (head.threshold,) * head.num_labels
+        # Of logits, since probabilities near 1 are rounded; the logit of 1/2 is 0 exactly.
+        cuts = [log(probability / (1 - probability)) for probability in probabilities]
+        return [name for name, logit, cut in zip(names, own.tolist(), cuts, strict=True) if logit > cut]
     return names[int(own.argmax())]
 
 

@@ -25,7 +25,7 @@ class ItemLosses(NamedTuple):
         losses (`torch.Tensor` of shape `(B, S')`, floating):
             In nats, or squared errors; without gradient.
         weights (`torch.Tensor` of shape `(B, S')`):
-            1 where there is a label, else 0.
+            Where there is a label 1, or how much it counts, above 0; else 0.
     """
 
     losses: torch.Tensor

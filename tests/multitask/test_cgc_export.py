@@ -217,7 +217,7 @@ def test_nothing_is_written_over_or_half(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "save_file", fails)
+        patch.setattr(export_module, "write_lora", fails)
         with pytest.raises(OSError, match="disk full"):
             export_task_adapters(model, tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -209,6 +209,36 @@ def test_heads_of_other_tasks_are_not_loaded_into_a_model(base, tmp_path):
         model.save_head("who", tmp_path / "head")
 
 
+def test_weights_and_thresholds_are_saved_and_heads_saved_before_there_were_any_load(base, tmp_path):
+    heads = {
+        "topic": TaskHead(3, class_weights=(1.0, 2.0, 0.5)),
+        "tags": TaskHead(2, "multi_label_classification", class_weights=(3.0, 1.0), threshold=(0.3, 0.9)),
+        "mood": TaskHead(2, "multi_label_classification", threshold=0.25),
+    }
+    MultiTaskHeads(AutoModel.from_pretrained(base), heads, pooling="mean").save_pretrained(tmp_path / "new")
+    loaded = MultiTaskHeads.from_pretrained(tmp_path / "new")
+    assert loaded.heads == heads
+    loaded.load_heads(tmp_path / "new")
+    model = mixture(base, adapter=None)
+    model.save_pretrained(tmp_path / "old")
+    told = json.loads((tmp_path / "old" / "task_heads.json").read_text())
+    for head in told["heads"].values():
+        assert (head.pop("class_weights"), head.pop("threshold")) == (None, 0.5)
+    (tmp_path / "old" / "task_heads.json").write_text(json.dumps(told))
+    loaded = MultiTaskHeads.from_pretrained(tmp_path / "old")
+    assert loaded.heads == HEADS
+    assert torch.equal(logits(loaded, tasks="topic"), logits(model, tasks="topic"))
+    with torch.no_grad():
+        loaded.classifier.weight.zero_()
+    loaded.load_heads(tmp_path / "old")
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight)
+    told["heads"]["topic"]["threshold"] = 2.0
+    (tmp_path / "old" / "task_heads.json").write_text(json.dumps(told))
+    for read in (MultiTaskHeads.from_pretrained, loaded.load_heads):
+        with pytest.raises(ValueError, match=r"`threshold`: got 2\.0"):
+            read(tmp_path / "old")
+
+
 def test_heads_over_a_16_bit_backbone_learn_in_32_bits(base):
     backbone = AutoModel.from_pretrained(base, dtype=torch.bfloat16)
     model = MultiTaskHeads(backbone, HEADS, pooling="mean", dropout=0.0)

@@ -126,12 +126,37 @@ def test_loss_is_a_loop_s_in_units_of_a_guess():
 
 
 def test_a_guess_costs_one_in_every_task():
-    layout = HeadLayout([(5, "single_label_classification", 1.0), (3, "multi_label_classification", 1.0)])
+    layout = HeadLayout([TaskHead(5), TaskHead(3, "multi_label_classification")])
     tasks = torch.tensor([0, 1])
     logits = layout.pick(torch.zeros(2, 8), tasks)
     labels = torch.tensor([[4.0, -100, -100], [1.0, 0.0, 1.0]])
     losses, _ = row_losses(logits, labels, tasks, layout)
     torch.testing.assert_close(losses / layout.guess_loss(tasks, losses), torch.ones(2))
+
+
+def test_rows_weigh_by_their_class_in_the_loss_and_in_the_losses_for_logs():
+    # Their harmonic mean is 9/4, to which the last one hardly adds.
+    heads = {"topic": TaskHead(3, class_weights=(1.0, 3.0, 3e9)), "mood": TaskHead(2)}
+    model, plain = heads_over(encoder(), heads=heads), heads_over(encoder(), heads={**heads, "topic": TaskHead(3)})
+    inputs, _, _ = batch()
+    inputs["tasks"] = torch.tensor([0, 0, 0, 1, 1, 1])
+    labels = torch.tensor([0, 1, -100, 0, 1, -100])
+    relative = torch.tensor([4 / 9, 12 / 9, 1.0, 1.0, 1.0, 1.0])
+    with torch.no_grad():
+        found = model(**inputs, labels=labels)
+        losses, ones = plain.row_losses(found.logits, labels, inputs["tasks"])
+        ours, weights = model.row_losses(found.logits, labels, inputs["tasks"])
+    assert ones.tolist() == [1, 1, 0, 1, 1, 0]
+    assert torch.equal(ours, losses)
+    torch.testing.assert_close(weights, relative * ones)
+    guesses = torch.tensor([math.log(3)] * 3 + [math.log(2)] * 3)
+    torch.testing.assert_close(found.loss, (losses * relative * ones / guesses).sum() / 4)
+
+
+def test_predictions_follow_the_thresholds_of_the_head():
+    head = TaskHead(4, "multi_label_classification", threshold=(0.5, 0.5, 0.99, 0.1))
+    model = heads_over(encoder(), heads={**HEADS, "tags": head})
+    assert model.decode(torch.tensor([[1.0, -1.0, 2.0, -2.0]]), "tags") == [[0, 3]]
 
 
 def test_rows_without_a_label_do_not_count_and_a_batch_of_them_has_a_zero_gradient():

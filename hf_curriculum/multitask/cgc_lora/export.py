@@ -13,10 +13,8 @@ from uuid import uuid4
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft.utils import get_peft_model_state_dict
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...core.console import say
 from ...core.distributed import is_main_process
@@ -24,9 +22,10 @@ from ...core.errors import invalid, unsupported
 from ...core.modes import evaluation_mode
 from ..head_files import WEIGHTS_NAME
 from ..heads import MultiTaskHeads
+from ..lora_files import adapter_card, is_transposed, target_modules_of, write_lora
 from ..tasks import COMMON_TASK_ID
 from .collapse import pad_rank, truncate_rank
-from .export_card import TASK_MAP, adapter_card, folder_card, serve_command
+from .export_card import TASK_MAP, folder_card, serve_command
 from .model import CGCLoraModel
 from .registration import PREFIX
 from .state import TaskBatch
@@ -314,13 +313,6 @@ def _auxiliary_tensors(model: PeftModel, adapter: str) -> dict[str, torch.Tensor
     return {name: value.detach().cpu().contiguous() for name, value in state.items() if f".{PREFIX}" not in name}
 
 
-def _target_modules(base: nn.Module, adapted: Sequence[str]) -> list[str]:
-    """Endings of names where they mean exactly the adapted modules, and full names otherwise."""
-    endings = {name.rpartition(".")[2] for name in adapted}
-    matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in endings}
-    return sorted(endings if matched == set(adapted) else adapted)
-
-
 def _write(
     folder: Path,
     tuner: CGCLoraModel,
@@ -333,7 +325,7 @@ def _write(
     config = tuner.adapter_config(adapter)
     layers = dict(tuner.adapted_layers())
     names = [name for name in layers if name in adapters[0].factors]
-    transposed = {isinstance(layers[name].get_base_layer(), Conv1D) for name in names}
+    transposed = is_transposed([layers[name].get_base_layer() for name in names])
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
         for entry in adapters:
@@ -341,8 +333,8 @@ def _write(
             lora = LoraConfig(
                 r=entry.rank,
                 lora_alpha=entry.rank,
-                target_modules=_target_modules(tuner.model, names),
-                fan_in_fan_out=transposed == {True},
+                target_modules=target_modules_of(tuner.model, names),
+                fan_in_fan_out=transposed,
                 task_type=config.task_type,
                 modules_to_save=config.modules_to_save,
                 trainable_token_indices=config.trainable_token_indices,
@@ -350,25 +342,20 @@ def _write(
                 revision=config.revision,
                 inference_mode=True,
             )
-            lora.save_pretrained(str(path), auto_mapping_dict=config.auto_mapping)
-            tensors = dict(auxiliary)
-            for name, (down, up) in entry.factors.items():
-                tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
-                tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()
-            save_file(tensors, path / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             has_head = heads is not None and entry.task_id >= 0
+            card = adapter_card(entry.name, config.base_model_name_or_path, "a CGC-LoRA model", has_head)
+            mapping = config.auto_mapping
+            write_lora(path, lora, entry.factors, auxiliary=auxiliary, auto_mapping=mapping, card=card)
             if heads is not None and has_head:
                 heads.save_head(entry.name, path)
-            card = adapter_card(entry.name, config.base_model_name_or_path, has_head)
-            (path / "README.md").write_text(card, "utf-8")
         tasks = {entry.name: entry.name for entry in adapters if entry.task_id >= 0}
-        mapping = {
+        overview = {
             "base_model": config.base_model_name_or_path,
             "tasks": tasks,
             "common": next((entry.name for entry in adapters if entry.task_id < 0), None),
             "ranks": {entry.name: entry.rank for entry in adapters},
         }
-        (temporary / TASK_MAP).write_text(json.dumps(mapping, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (temporary / TASK_MAP).write_text(json.dumps(overview, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (temporary / "README.md").write_text(folder_card(tasks, command, bool(auxiliary), heads is not None), "utf-8")
         temporary.rename(folder)
     except BaseException:

@@ -9,27 +9,12 @@ from pathlib import Path
 from ..head_files import CONFIG_NAME, WEIGHTS_NAME
 
 
-__all__ = ["TASK_MAP", "VLLM_MAX_LORA_RANKS", "adapter_card", "folder_card", "serve_command"]
+__all__ = ["TASK_MAP", "VLLM_MAX_LORA_RANKS", "folder_card", "serve_command"]
 
 TASK_MAP = "tasks.json"
 
 # Values that vLLM's `--max-lora-rank` takes (`MaxLoRARanks` in its configuration, version 0.14).
 VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-# The call needs this package; the formula is for those who do without.
-HEAD_CARD = f"""
-Its head lies beside: `{WEIGHTS_NAME}` holds `weight` (outputs, hidden size) and `bias` (outputs), `{CONFIG_NAME}`
-names the labels, the problem type and the pooling. Over the last hidden states of the adapted model the outputs are
-`weight @ pooled + bias`, in the order of `id2label`. With the package `hf_curriculum`:
-
-```python
-from hf_curriculum.multitask.heads import MultiTaskHeads
-
-model = MultiTaskHeads.from_pretrained("path/of/this/adapter")
-model.decode(model(**inputs).logits, 0)
-```
-"""
 
 
 def serve_command(base_model: str, folder: Path, ranks: Mapping[str, int]) -> str:
@@ -57,30 +42,6 @@ def serve_command(base_model: str, folder: Path, ranks: Mapping[str, int]) -> st
     if allowed is None:
         command += f"  # vLLM takes ranks up to {VLLM_MAX_LORA_RANKS[-1]}: export with truncate_rank="
     return command
-
-
-def adapter_card(task: str, base_model: str | None, has_head: bool = False) -> str:
-    """
-    The `README.md` of one adapter.
-
-    Args:
-        task (`str`):
-            Its task.
-        base_model (`str`, *optional*):
-            Name of the base model.
-        has_head (`bool`, *optional*, defaults to `False`):
-            Whether the head of the task lies beside.
-
-    Returns:
-        `str`
-    """
-    # Hub cards name a model by its id; a local path there would be refused.
-    is_hub_id = base_model is not None and base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-    front = "---\nlibrary_name: peft\n" + (f"base_model: {base_model}\n" if is_hub_id else "") + "tags:\n- lora\n---\n"
-    return (
-        f"{front}\nThe task `{task}` of a CGC-LoRA model, as a standard LoRA adapter: "
-        "`PeftModel.from_pretrained(base_model, path)` with PEFT alone.\n"
-    ) + (HEAD_CARD if has_head else "")
 
 
 def folder_card(tasks: Iterable[str], command: str, has_modules: bool, has_heads: bool = False) -> str:

@@ -6,18 +6,17 @@ Shapes: B rows of ids, S positions in a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ...core.errors import invalid
+from ..passes import PassState
 from ..tasks import TaskRegistry, Tasks
 
 
-__all__ = ["CheckpointWithTasks", "TaskBatch", "TaskState", "resolve_tasks"]
+__all__ = ["TaskBatch", "TaskState", "resolve_tasks"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ def resolve_tasks(tasks: Tasks, registry: TaskRegistry) -> TaskBatch:
 
 
 @dataclass
-class TaskState:
+class TaskState(PassState[Mapping[str, TaskBatch]]):
     """
-    The tasks that the layers of a model see at the moment.
+    The tasks that the layers of a model see at the moment, by adapter.
 
     Args:
         current (`Mapping[str, TaskBatch]`, *optional*):
@@ -84,56 +83,4 @@ class TaskState:
             By adapter, the task that is being merged.
     """
 
-    current: Mapping[str, TaskBatch] | None = None
     merging: Mapping[str, int] = field(default_factory=dict)
-    _outer: list[Mapping[str, TaskBatch] | None] = field(default_factory=list)
-
-    def enter(self) -> None:
-        """Starts a pass that may set `current`; [`leave`] puts it back."""
-        self._outer.append(self.current)
-
-    def leave(self) -> None:
-        """Puts back what [`enter`] found."""
-        # Another hook may have raised before ours could enter: then there is nothing to put back.
-        self.current = self._outer.pop() if self._outer else None
-
-    @contextmanager
-    def using(self, batches: Mapping[str, TaskBatch] | None) -> Iterator[None]:
-        """Has the layers see `batches` inside the context."""
-        self.enter()
-        self.current = batches
-        try:
-            yield
-        finally:
-            self.leave()
-
-
-class CheckpointWithTasks:
-    """
-    A model's checkpoint function whose recomputation in the backward pass sees the tasks of its own forward pass.
-
-    The tasks are captured at the first pass, so that any number of forward passes may come before a backward pass.
-
-    Args:
-        checkpoint (`Callable`):
-            `torch.utils.checkpoint.checkpoint` with its options, as transformers installed it, or DeepSpeed's.
-        state ([`TaskState`]):
-            What the layers read.
-    """
-
-    def __init__(self, checkpoint: Callable[..., Any], state: TaskState) -> None:
-        self.checkpoint = checkpoint
-        self.state = state
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Checkpoints `function(*args)`."""
-        # A compiled checkpoint holds the ids as inputs of its graph and recomputes no Python code.
-        if torch.compiler.is_compiling():
-            return self.checkpoint(function, *args, **kwargs)
-        batches = self.state.current
-
-        def with_tasks(*inputs: Any, **options: Any) -> Any:
-            with self.state.using(batches):
-                return function(*inputs, **options)
-
-        return self.checkpoint(with_tasks, *args, **kwargs)

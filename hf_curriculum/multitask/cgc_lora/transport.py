@@ -11,10 +11,11 @@ from peft import PeftConfig
 from torch import nn
 
 from ...core.errors import invalid
+from ..passes import checkpoint_in_passes, checkpointed_modules, forget_passes
 from ..tasks import TaskRegistry, Tasks
 from .config import CGCLoraConfig
 from .layer import CGCLoraLayer
-from .state import CheckpointWithTasks, TaskBatch, TaskState, resolve_tasks
+from .state import TaskBatch, TaskState, resolve_tasks
 
 
 __all__ = ["TaskSetting", "TaskTransport"]
@@ -191,7 +192,7 @@ class TaskTransport:
         return next((layer.merged_tasks[adapter] for layer in self._adapted if adapter in layer.merged_tasks), None)
 
     def _install_hooks(self) -> None:
-        self._checkpointed = [module for module in self.model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._checkpointed = checkpointed_modules(self.model)
         entries = [self.model]
         backbone = getattr(self.model, "base_model", None)
         if isinstance(backbone, nn.Module) and backbone is not self.model:
@@ -208,7 +209,7 @@ class TaskTransport:
         self.task_state.enter()
         self.task_state.current = self._batches(kwargs.pop("tasks", None))
         if not torch.compiler.is_compiling():
-            self._wrap_checkpointing()
+            checkpoint_in_passes(self._checkpointed, self.task_state)
         return args, kwargs
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -223,21 +224,9 @@ class TaskTransport:
             self.registry(name).unknown_task != "error" and self._merged_task(name) is None for name in adapters
         )
 
-    def _wrap_checkpointing(self) -> None:
-        # On every pass, since the function is set anew by each `gradient_checkpointing_enable`.
-        for module in self._checkpointed:
-            if not module.gradient_checkpointing:
-                continue
-            function = module._gradient_checkpointing_func
-            if not isinstance(function, CheckpointWithTasks) or function.state is not self.task_state:
-                module._gradient_checkpointing_func = CheckpointWithTasks(function, self.task_state)
-
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self.model.__dict__.pop("generate", None)
-        for module in self._checkpointed:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, CheckpointWithTasks):
-                module._gradient_checkpointing_func = function.checkpoint
+        forget_passes(self._checkpointed)
