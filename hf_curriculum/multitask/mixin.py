@@ -36,7 +36,7 @@ from .epochs import epoch_stages
 from .labels import check_labels
 from .loss_watch import TaskLossWatch
 from .packing import pack_with_tasks
-from .rows import check_rows, inferred_names, parts, row_task_ids
+from .rows import check_rows, inferred_names, parts, row_task_ids, tell_missing
 from .sampler import MultiTaskSampler
 from .tasks import TaskRegistry
 
@@ -106,6 +106,8 @@ class MultiTaskMixin(RunMixin):
         arguments["args"] = copy.copy(arguments.get("args"))
         super().__init__(**arguments)
         self._task_ids = self._row_groups()
+        if not self._packs_are_mixed():
+            tell_missing(self.task_registry, self._task_ids)
         if self.task_sampler is not None:
             self.add_callback(StageDriver(self.stages, self.callback_handler))
 

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, IterableDataset
 
+from ..core.console import say
 from ..core.errors import invalid, unsupported
 from .tasks import TaskRegistry
 
 
-__all__ = ["check_rows", "inferred_names", "parts", "row_task_ids"]
+__all__ = ["check_rows", "inferred_names", "parts", "row_task_ids", "tell_missing"]
 
 
 def parts(*datasets: Any) -> Iterator[tuple[str, Dataset]]:
@@ -130,3 +131,18 @@ def row_task_ids(rows: Dataset, task_column: str, registry: TaskRegistry) -> np.
     known = np.array([registry.id(value) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
     positions = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     return np.asarray(known[positions])
+
+
+def tell_missing(registry: TaskRegistry, task_ids: np.ndarray) -> None:
+    """
+    Says which tasks have no row to learn from.
+
+    Args:
+        registry ([`TaskRegistry`]):
+            The tasks.
+        task_ids (`np.ndarray` of shape `(N,)`, int64):
+            Task of each training row.
+    """
+    there = set(np.unique(task_ids).tolist())
+    if missing := [name for number, name in enumerate(registry) if number not in there]:
+        say(f"No training row is of {', '.join(missing)}: what belongs to them alone does not learn.")

@@ -31,7 +31,7 @@ def check_base(base: object) -> None:
         raise invalid("base", f"a {type(base).__name__}", "a `PreTrainedModel` without adapters, from `AutoModel`")
     if base.base_model is not base:
         raise invalid("base", f"a {type(base).__name__}", "a model without a head, from `AutoModel`")
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+    if any(isinstance(module, BaseTunerLayer) or hasattr(module, "lora_A") for module in base.modules()):
         raise invalid("base", "a model with adapters", "one without, from `AutoModel`", "Load them by `load_task`.")
     if base.config.model_type in POSITIONS_FIRST:
         raise unsupported(

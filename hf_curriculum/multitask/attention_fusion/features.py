@@ -37,8 +37,12 @@ FORMAT = 1
 COLUMN = "pooled"
 VECTORS_NAME = "pooled.npy"
 COMPLETE_NAME = "complete.json"
-# Of a base's config, what says where it comes from and not what it computes.
-NAMES_ONLY = ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype")
+# Of a base's config, what says nothing about its hidden states; a Trainer sets some of these.
+NOT_COMPUTED = (
+    *("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"),
+    *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
+)
 # Columns that a batch may need; others, such as texts, are for people.
 NEEDED = ("input_ids", "attention_mask", "token_type_ids", COLUMN, "labels")
 
@@ -354,7 +358,7 @@ def models_fingerprint(model: AttentionFusionModel) -> str:
     """
     scales = {name: layer.scalings for name, layer in task_lora_layers(model.backbone)}
     # What the base computes depends on its config too: positions, windows, epsilons.
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NAMES_ONLY}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_COMPUTED}
     described = [model.pooling, list(model.heads), scales, config]
     digest = xxhash.xxh3_128(json.dumps(described, sort_keys=True, default=str).encode())
     for name, parameter in model.backbone.named_parameters():

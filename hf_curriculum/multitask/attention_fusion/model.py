@@ -93,6 +93,8 @@ class AttentionFusionModel(FusionFiles, FusedPredictions, TaskAdditions, TaskCla
 
     def __init__(self, base: PreTrainedModel, config: AttentionFusionConfig) -> None:
         check_base(base)
+        if not isinstance(config, AttentionFusionConfig):
+            raise invalid("config", f"a {type(config).__name__}", "an `AttentionFusionConfig`")
         heads = config.heads or {}
         super().__init__(base, heads, pooling=config.pooling or default_pooling(base), dropout=config.dropout)
         self.fusion_config = config

@@ -138,15 +138,17 @@ def belongs_to_rows(value: torch.Tensor, rows: int) -> bool:
             B.
 
     Returns:
-        `bool`: True for three dimensions and more whose first is B, and for two that hold whole numbers. Vectors, and
-        matrices of other numbers, are tables of positions or distances. With one row, biases and masks of four
-        dimensions broadcast, and are left alone.
+        `bool`: True where the first dimension is B, but for vectors, for matrices of numbers and for whole numbers in
+        three dimensions, which are tables of positions or distances. With one row, biases and masks of four dimensions
+        broadcast, and are left alone.
     """
     if value.dim() < 2 or value.shape[0] != rows:
         return False
     if value.dim() == 2:
         return not value.is_floating_point()
-    return value.dim() == 3 or rows > 1
+    if value.dim() == 3:
+        return value.is_floating_point() or value.dtype == torch.bool
+    return rows > 1
 
 
 def _widened(value: Any, current: TaskPass) -> Any:
