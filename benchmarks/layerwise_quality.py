@@ -71,6 +71,7 @@ def run(options: argparse.Namespace, arm: str, rate: float, seed: int, epochs: f
             lr_scheduler_type="linear",
             warmup_steps=10,
             max_length=256,
+            train_sampling_strategy="group_by_length",
             logging_steps=25,
             save_strategy="no",
             report_to="none",

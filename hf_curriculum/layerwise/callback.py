@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,6 +17,7 @@ from ..core.distributed import is_main_process, on_main_process
 from ..core.errors import invalid, unsupported
 from ..core.parameters import parameters_by_name
 from ..core.records import RunRecord
+from .backend import check_backend
 from .blocks import Blocks, find_blocks
 from .config import LayerwiseConfig
 from .forecast import tell_cost
@@ -176,13 +175,13 @@ class LayerFreezeCallback(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         _check_alone(model, self, state)
         _recover(model)
-        _check_backend(optimizer)
-        self.blocks = self._find(model)
+        self.blocks, ddp = self._find(model), find_ddp(model)
+        check_backend(args, optimizer, adapters=self.blocks.adapters, ddp=ddp)
         learning = {name for name, parameter in parameters_by_name(model).items() if parameter.requires_grad}
         _CLAIMS[model] = _Claim(weakref.ref(self), weakref.ref(state), frozenset(learning))
         seed = args.seed if self.config.seed is None else self.config.seed
         self.run = LayerwiseRun(
-            self.config, model, self.blocks, optimizer, seed=seed, max_steps=state.max_steps, ddp=find_ddp(model)
+            self.config, model, self.blocks, optimizer, seed=seed, max_steps=state.max_steps, ddp=ddp
         )  # fmt: skip
         self._logged, self._unrecorded, self._untold, self._written_at = {}, False, True, -1
         self._hooks = []
@@ -329,18 +328,6 @@ def _block_of(model: nn.Module, blocks: Blocks) -> dict[int, int]:
     found = {name: number for number, block in enumerate(blocks.blocks) for name in block.parameters}
     found |= dict.fromkeys(blocks.always, ALWAYS)
     return {id(each): found.get(name, FROZEN) for name, each in parameters_by_name(model).items()}
-
-
-def _check_backend(optimizer: Any) -> None:
-    if AcceleratorState().distributed_type != DistributedType.DEEPSPEED:
-        return
-    if not all(BLOCK_KEY in group for group in base_optimizer(optimizer).param_groups):
-        raise invalid(
-            "callbacks",
-            "a `LayerFreezeCallback` under DeepSpeed that is not attached",
-            "an optimizer with groups per block, made before the engine",
-            "Add the line `callback.attach(trainer)` before `trainer.train()`.",
-        )
 
 
 def _two_callbacks() -> ValueError:

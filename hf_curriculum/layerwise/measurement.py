@@ -109,8 +109,10 @@ class ChangeMeter:
     """
 
     def __init__(self, model: nn.Module, blocks: Blocks) -> None:
-        self._model = model
         self._named = parameters_by_name(model)
+        # A snapshot walks through the model that it is given, and only partitions need it.
+        partitioned = any(layout_of(name, each).partitioned for name, each in self._named.items())
+        self._model = model if partitioned else None
         self._names = [block.parameters for block in blocks.blocks]
         self._pairs: list[list[LowRankPair]] = [[] for _ in self._names]
         block_of = {name: number for number, names in enumerate(self._names) for name in names}

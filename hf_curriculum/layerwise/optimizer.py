@@ -57,8 +57,8 @@ def refresh_weights(optimizer: Any) -> None:
     """
     Takes the weights over from the float32 copies of ZeRO-1 and ZeRO-2, once a checkpoint is loaded. Collective.
 
-    Of adapters the Trainer has DeepSpeed save only the weights that require a gradient: those of frozen blocks are
-    missing in the checkpoint, while their float32 copies are in it.
+    A checkpoint of adapters that was written in the middle of a step lacks those that were frozen, while their float32
+    copies are in it; ZeRO-3 has no others.
 
     Args:
         optimizer (`torch.optim.Optimizer` or a wrapper):
@@ -106,8 +106,6 @@ class BlockOptimizer:
             Numbers of the blocks that learn.
         learning_rates (`list[float]`):
             Sum of the learning rates of the steps that each block took since [`~BlockOptimizer.reset_rates`].
-        grouped (`bool`):
-            Whether every block has groups of its own.
         flat (`bool`):
             Whether flat partitions are stepped, not the model's parameters (ZeRO).
         measure (`bool`):
@@ -126,9 +124,9 @@ class BlockOptimizer:
         self._block_of = {id(parameter): ALWAYS for parameter in always}
         self._block_of |= {id(parameter): number for number, block in enumerate(self.blocks) for parameter in block}
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        self.grouped = all(BLOCK_KEY in group for group in self.optimizer.param_groups)
-        self.flat = self.grouped and not held >= self._block_of.keys()
-        if not self.grouped and (missing := self._block_of.keys() - held):
+        grouped = all(BLOCK_KEY in group for group in self.optimizer.param_groups)
+        self.flat = grouped and not held >= self._block_of.keys()
+        if not grouped and (missing := self._block_of.keys() - held):
             raise invalid(
                 "optimizer",
                 f"{type(self.optimizer).__name__} without {len(missing)} of {len(self._block_of)} parameters that may "
@@ -144,7 +142,7 @@ class BlockOptimizer:
         self._ramp: dict[int, float] = {}
         self._squares: torch.Tensor | None = None
         self._partitioned = False
-        self._whole: list[dict[str, Any]] | None = None
+        self._whole: tuple[list[dict[str, Any]], list[list[torch.Tensor]]] | None = None
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -218,6 +216,8 @@ class BlockOptimizer:
 
     def close(self) -> None:
         """Lets go of the optimizer, which from then on steps whatever has a gradient."""
+        # A step that raised an error left them apart.
+        self._join_ramp()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -249,24 +249,36 @@ class BlockOptimizer:
                     parameter.grad = None
                     self._forget(parameter)
         if self._ramp:
-            self._whole = optimizer.param_groups
-            optimizer.param_groups = list(self._ramped())
+            self._part_ramp()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._whole is not None:
-            optimizer.param_groups, self._whole = self._whole, None
+        self._join_ramp()
 
-    def _ramped(self) -> Iterator[dict[str, Any]]:
-        """The groups of one step: those of blocks on a ramp apart, at a part of their learning rate."""
-        kept: dict[int, list[torch.Tensor]] = {}
+    def _part_ramp(self) -> None:
+        """For one step, takes blocks on a ramp out of their groups into others, at a part of the learning rate."""
+        groups = self.optimizer.param_groups
+        kept: dict[int, list[torch.Tensor]] = {id(group): [] for group in groups}
+        ramped: dict[tuple[int, float], dict[str, Any]] = {}
         for group, parameter, number in self._members():
             factor = self._ramp.get(number, 1.0)
             if factor == 1.0:
-                kept.setdefault(id(group), []).append(parameter)
-            else:
-                yield {**group, "params": [parameter], "lr": group["lr"] * factor}
-        for group in self.optimizer.param_groups:
-            yield {**group, "params": kept.get(id(group), [])}
+                kept[id(group)].append(parameter)
+                continue
+            if (id(group), factor) not in ramped:
+                ramped[id(group), factor] = {**group, "params": [], "lr": group["lr"] * factor}
+            ramped[id(group), factor]["params"].append(parameter)
+        self._whole = groups, [group["params"] for group in groups]
+        for group in groups:
+            # The group itself and no copy: some optimizers keep counters in it.
+            group["params"] = kept[id(group)]
+        self.optimizer.param_groups = [*groups, *ramped.values()]
+
+    def _join_ramp(self) -> None:
+        if self._whole is not None:
+            groups, members = self._whole
+            for group, parameters in zip(groups, members):
+                group["params"] = parameters
+            self.optimizer.param_groups, self._whole = groups, None
 
     def _add_squares(self) -> None:
         for _, parameter, number in self._members():

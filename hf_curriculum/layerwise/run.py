@@ -179,6 +179,7 @@ class LayerwiseRun:
             step (`int`):
                 Optimizer steps done.
         """
+        self.switch.wake()
         if self.window is not None and step == self.window.first_step + self._measured_until and self.is_measuring:
             self._measure_change()
         if self.window is None or step == self.window.end_step:
@@ -212,6 +213,8 @@ class LayerwiseRun:
             self.switch.learn(self.window.active)
         if self._check is not None and stepped and self._check.step([block.name for block in self.blocks.blocks]):
             self._check, self._checked = None, True
+        if self.blocks.adapters:
+            self.switch.rest()
 
     def close(self) -> dict[int, float]:
         """

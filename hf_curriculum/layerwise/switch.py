@@ -63,6 +63,7 @@ class BlockSwitch:
         self.blocks = [list(block) for block in blocks]
         self.frozen = list(frozen)
         self.ddp = ddp
+        self._resting: list[nn.Parameter] = []
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in self._sharded:
             # Settles the dtypes of every group while all of it requires a gradient.
@@ -85,7 +86,25 @@ class BlockSwitch:
         """Everything computes gradients again, as before the first switch. Collective under DDP."""
         self._turn([(parameter, True) for block in [self.frozen, *self.blocks] for parameter in block])
 
+    def rest(self) -> None:
+        """
+        Between two steps, marks what sleeps as learning, until [`~BlockSwitch.wake`].
+
+        Of adapters, DeepSpeed and FSDP2 save only what requires a gradient at that moment: a checkpoint would lack
+        those of frozen blocks without a word, and what is loaded from it would have others in their place.
+        """
+        self._resting = [each for block in [self.frozen, *self.blocks] for each in block if not each.requires_grad]
+        for parameter in self._resting:
+            parameter.requires_grad_(True)
+
+    def wake(self) -> None:
+        """Before a step, takes back what [`~BlockSwitch.rest`] marked."""
+        for parameter in self._resting:
+            parameter.requires_grad_(False)
+        self._resting = []
+
     def _turn(self, wanted: Sequence[tuple[nn.Parameter, bool]]) -> None:
+        self.wake()
         changed = [(parameter, learns) for parameter, learns in wanted if parameter.requires_grad != learns]
         for parameter, learns in changed:
             parameter.requires_grad_(learns)

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import Trainer
@@ -121,6 +126,8 @@ def compare(case):
         (first & third) - second for i, first in enumerate(seen) for j, second in enumerate(seen[i + 1 :], i + 1)
         for third in seen[j + 1 :]
     ), seen  # fmt: skip
+    if lora:
+        check_adapters(model, run)
     run.close()
     values = values_of(model)
     if is_main_process():
@@ -134,6 +141,15 @@ def compare(case):
         sys.stdout.write(f"COMPARED {case} {difference:.2e}\n")
         assert difference <= TOLERANCES[precision], (case, difference)
     dist.barrier()
+
+
+def check_adapters(model, run):
+    """What Accelerate saves of adapters under FSDP2 with a full state dict holds those of frozen blocks too."""
+    saved = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
+    if is_main_process():
+        adapters = {name for block in run.blocks.blocks for name in block.parameters}
+        assert {name for name in saved if "lora_" in name} == adapters
+        assert len(run.window.active) < len(run.blocks.blocks)
 
 
 def check_optimizer_state(model, optimizer, run, lora, policy):

@@ -1,5 +1,7 @@
 """A small model and its data, and what freezing must equal: AdamW of each parameter on its own, in one process."""
 
+import itertools
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
@@ -14,14 +16,14 @@ EPSILON = 1e-3
 RAMP = 3
 
 
-def llama(lora=False):
+def llama(lora=False, num_layers=NUM_LAYERS):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
             intermediate_size=24,
-            num_hidden_layers=NUM_LAYERS,
+            num_hidden_layers=num_layers,
             num_attention_heads=2,
             use_cache=False,
         )
@@ -51,33 +53,34 @@ def windows_of(callback, output_dir, num_steps):
     ]
 
 
-def twin(model, windows, num_steps, batch):
+def twin(model, windows, num_steps, batch, *, accumulation=1, ramp=RAMP):
     """
     Steps each parameter in the windows that it is active in, with an optimizer of its own that is new in each.
 
-    `batch` counts the rows of an optimizer step over all processes and micro-batches.
+    `batch` counts the rows of a micro-batch over all processes.
     """
-    named, data = dict(model.named_parameters()), rows()
+    named, drawn = dict(model.named_parameters()), itertools.cycle(row["input_ids"] for row in rows())
     decay = set(Trainer.get_decay_parameter_names(None, model))
     optimizers, since = {}, {}
     model.train()
     for step in range(num_steps):
-        active = next(active for first, end, active in windows if first <= step < end)
+        first, active = next((first, active) for first, end, active in windows if first <= step < end)
         for name in optimizers.keys() - active:
             del optimizers[name], since[name]
         for name in sorted(active - optimizers.keys()):
-            optimizers[name] = torch.optim.AdamW(
-                [named[name]], lr=LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY if name in decay else 0.0
-            )
-            since[name] = step if step else -RAMP
+            settings = {"eps": EPSILON, "weight_decay": WEIGHT_DECAY if name in decay else 0.0}
+            optimizers[name] = torch.optim.AdamW([named[name]], lr=LEARNING_RATE, fused=True, **settings)
+            since[name] = first if first else -ramp
         for name, parameter in named.items():
             parameter.requires_grad_(name in active)
-        ids = torch.stack([data[(step * batch + row) % len(data)]["input_ids"] for row in range(batch)])
-        model(input_ids=ids, labels=ids).loss.backward()
+        for _ in range(accumulation):
+            ids = torch.stack(list(itertools.islice(drawn, batch)))
+            tokens = torch.tensor(ids[:, 1:].numel() * accumulation)
+            model(input_ids=ids, labels=ids, num_items_in_batch=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_([named[name] for name in named if name in active], 1.0)
         rate = step / WARMUP if step < WARMUP else (num_steps - step) / (num_steps - WARMUP)
         for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate * min(1.0, (step - since[name] + 1) / RAMP)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate * min(1.0, (step - since[name] + 1) / ramp)
             optimizer.step()
             optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in named.items()}

@@ -35,6 +35,14 @@ DDP = {
     "static": {"ddp_find_unused_parameters": False, "ddp_static_graph": True},
     "-": {},
 }
+REFUSED = {
+    "unattached": ({}, ValueError, r"callback\.attach\(trainer\)"),
+    "static-graph": (
+        {**DDP["static"], "gradient_accumulation_steps": 2},
+        NotImplementedError,
+        "`ddp_static_graph` with gradient_accumulation_steps=2.*without gradient accumulation",
+    ),
+}
 
 
 def over_ranks(value):
@@ -156,13 +164,18 @@ def check_toggling(seen, case):
     assert woken, (case, seen)
 
 
-def refuse_bare(options):
-    """Without `attach`, DeepSpeed is refused with the line to add; nothing is trained."""
-    model = freeze_twin.llama()
+def refuse(options, what):
+    """Stops before the first step, with what to do about it."""
+    changed, error, match = REFUSED[what]
     freezing = LayerFreezeCallback("random", active_fraction=0.45, interval_steps=3)
-    trainer = Trainer(model=model, args=arguments(options), train_dataset=freeze_twin.rows(), callbacks=[freezing])
+    trainer = Trainer(
+        model=freeze_twin.llama(),
+        args=arguments(options, **changed),
+        train_dataset=freeze_twin.rows(),
+        callbacks=[freezing],
+    )
     check_launch(trainer, options)
-    with pytest.raises(ValueError, match=r"callback\.attach\(trainer\)"):
+    with pytest.raises(error, match=match):
         trainer.train()
     assert trainer.state.global_step == 0
     sys.stdout.write("REFUSED\n")
@@ -175,13 +188,13 @@ def main():
     parser.add_argument("--cases", nargs="*", default=[])
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--attach", action="store_true")
-    parser.add_argument("--bare", action="store_true")
+    parser.add_argument("--refuse", choices=REFUSED)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for case in options.cases:
         compare(options, case)
-    if options.bare:
-        refuse_bare(options)
+    if options.refuse:
+        refuse(options, options.refuse)
     end_processes()
 
 

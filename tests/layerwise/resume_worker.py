@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
@@ -40,11 +41,46 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SaveWithin(TrainerCallback):
+    """Writes a checkpoint when the blocks of a step are chosen, and others are frozen."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            self.trainer._save_checkpoint(model, trial=None)
+
+
+class SavedAdapters(TrainerCallback):
+    """Every checkpoint holds the adapters of all blocks as they are, frozen ones too."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.at = {}
+
+    def on_save(self, args, state, control, **kwargs):
+        values = values_of(self.trainer)
+        if is_main_process():
+            values = {name.replace(".default.", "."): value for name, value in values.items() if "lora_" in name}
+            saved = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter_model.safetensors")
+            assert saved.keys() == values.keys(), sorted(values.keys() - saved.keys())
+            for name, value in values.items():
+                assert torch.equal(saved[name], value), name
+            self.at[state.global_step] = values
+
+
+def values_of(trainer):
+    """All weights, whole, on rank 0."""
+    return ParameterSnapshot(parameters_by_name(trainer.model), model=trainer.model_wrapped).state()
+
+
 def plain_trainer(options, settings):
     return Trainer(
         model=freeze_twin.llama(options.lora),
         args=TrainingArguments(**settings, train_sampling_strategy="random"),
         train_dataset=freeze_twin.rows(),
+        eval_dataset=freeze_twin.rows(4),
     )
 
 
@@ -73,6 +109,8 @@ def main():
     parser.add_argument("--attach", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill_at", type=int, default=-1)
+    parser.add_argument("--best", action="store_true")
+    parser.add_argument("--save_within", type=int, default=-1)
     parser.add_argument("--expect")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,6 +127,10 @@ def main():
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if options.best:
+        # The loss falls, so that the first checkpoint is the "best" one.
+        settings |= {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+        settings |= {"eval_strategy": "steps", "eval_steps": 5}
     trainer = (plain_trainer if options.trainer == "plain" else curriculum_trainer)(options, settings)
     state = trainer.accelerator.state
     stage = f"-{state.deepspeed_plugin.zero_stage}" if state.deepspeed_plugin else ""
@@ -101,9 +143,19 @@ def main():
     else:
         trainer.add_callback(freezing)
     trainer.add_callback(KillAt(options.kill_at))
+    trainer.add_callback(SaveWithin(trainer, options.save_within))
+    saved = SavedAdapters(trainer)
+    if options.lora:
+        trainer.add_callback(saved)
     trainer.train(resume_from_checkpoint=options.resume or None)
-    values = ParameterSnapshot(parameters_by_name(trainer.model), model=trainer.model_wrapped).state()
+    values = values_of(trainer)
     if is_main_process():
+        if options.best:
+            for name, value in saved.at[5].items():
+                assert torch.equal(values[name.replace(".weight", ".default.weight")], value), name
+            sys.stdout.write(f"BEST {trainer.state.best_global_step}\n")
+        if options.lora:
+            sys.stdout.write(f"SAVED {json.dumps(sorted(saved.at))}\n")
         digest = hashlib.sha256()
         for name, value in sorted(values.items()):
             digest.update(name.encode() + value.contiguous().numpy().tobytes())

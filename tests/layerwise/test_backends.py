@@ -24,9 +24,9 @@ def compared(launch, tmp_path, config, cases, *options):
     return text
 
 
-def test_bare_callback_under_ddp_equals_one_process(launch, tmp_path):
+def test_bare_callback_under_ddp_equals_one_process_and_static_graph_with_accumulation_is_refused(launch, tmp_path):
     cases = ("full,plain,unused,random", "lora,reentrant,used,adaptive", "full,nonreentrant,static,adaptive")
-    compared(launch, tmp_path, None, cases)
+    assert "REFUSED" in compared(launch, tmp_path, None, cases, "--refuse", "static-graph")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_bare_callback_under_ddp_equals_one_process(launch, tmp_path):
     ids=["zero-2", "zero-3"],
 )
 def test_zero_equals_one_process_and_needs_the_callback_attached(launch, tmp_path, config, cases):
-    assert "REFUSED" in compared(launch, tmp_path, config, cases, "--accumulation", "2", "--bare")
+    assert "REFUSED" in compared(launch, tmp_path, config, cases, "--accumulation", "2", "--refuse", "unattached")
 
 
 def sharded(launch, cases):
@@ -63,7 +63,6 @@ def test_every_combination_of_fsdp2_equals_one_process(launch, precision, policy
 @pytest.mark.parametrize("policy", ["random", "adaptive"])
 @pytest.mark.parametrize("config", ["ddp", *ZERO])
 def test_every_combination_equals_one_process(launch, tmp_path, config, policy, accumulation):
-    # With `static_graph`, DDP itself stops at micro-batches that are not reduced (torch 2.13).
     wrappers = ["-"] if config in ZERO else ["unused", "used", *(["static"] if accumulation == 1 else [])]
     cases = [
         ",".join([*case, policy])

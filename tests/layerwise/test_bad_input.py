@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -185,6 +186,13 @@ def test_fsdp1_is_refused():
 
     with pytest.raises(NotImplementedError, match=r"FSDP1.*Use FSDP2"):
         find_blocks(nn.Sequential(FlatShards()))
+
+
+def test_checkpoints_within_a_step_are_refused_where_they_lack_frozen_adapters(build, monkeypatch):
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr("hf_curriculum.layerwise.backend.AcceleratorState", lambda: state)
+    trainer = build(freezing(), model=freeze_twin.llama(lora=True), enable_jit_checkpoint=True)
+    refused(trainer, NotImplementedError, "adapters with `enable_jit_checkpoint` under FSDP.*`save_steps` instead")
 
 
 @pytest.mark.parametrize(

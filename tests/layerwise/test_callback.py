@@ -1,21 +1,14 @@
 """The callback in one process: what learns, what stands still, and how it goes on."""
 
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_curriculum.core.parameters import parameters_by_name
 from hf_curriculum.core.records import RunRecord
@@ -23,27 +16,15 @@ from hf_curriculum.layerwise.callback import REFERENCE_NAME, LayerFreezeCallback
 from hf_curriculum.layerwise.rankings import RandomPolicy
 
 
-VOCABULARY, NUM_LAYERS = 48, 6
-ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+_SPEC = importlib.util.spec_from_file_location("freeze_twin", Path(__file__).with_name("freeze_twin.py"))
+freeze_twin = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(freeze_twin)
+
+NUM_LAYERS = 6
 
 
-def llama(lora: bool = False):
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=NUM_LAYERS,
-            num_attention_heads=2,
-        )
-    )  # fmt: skip
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules="all-linear"))
-    return model
-
-
-def rows(count=64):
-    generator = torch.Generator().manual_seed(1)
-    drawn = torch.randint(0, VOCABULARY, (count, 10), generator=generator)
-    return [{"input_ids": ids, "labels": ids} for ids in drawn]
+def llama(lora=False):
+    return freeze_twin.llama(lora, NUM_LAYERS)
 
 
 class ActiveSets(TrainerCallback):
@@ -61,69 +42,19 @@ def build(tmp_path):
     def run(callback, model=None, data=None, callbacks=(), **args):
         args = {
             "output_dir": str(tmp_path / "run"), "max_steps": 24, "per_device_train_batch_size": 4, "use_cpu": True,
-            "report_to": "none", "save_strategy": "no", "learning_rate": ADAM["lr"],
-            "weight_decay": ADAM["weight_decay"], "lr_scheduler_type": "linear", "warmup_steps": 3, "logging_steps": 1,
+            "report_to": "none", "save_strategy": "no", "learning_rate": freeze_twin.LEARNING_RATE,
+            "weight_decay": freeze_twin.WEIGHT_DECAY, "adam_epsilon": freeze_twin.EPSILON,
+            "lr_scheduler_type": "linear", "warmup_steps": freeze_twin.WARMUP, "logging_steps": 1,
             "disable_tqdm": True, "train_sampling_strategy": "sequential", **args,
         }  # fmt: skip
         return Trainer(
             model=llama() if model is None else model,
             args=TrainingArguments(**args),
-            train_dataset=rows() if data is None else data,
+            train_dataset=freeze_twin.rows() if data is None else data,
             callbacks=[callback, *callbacks],
         )
 
     return run
-
-
-def twin(model, windows, num_steps, ramp_steps, max_grad_norm=1.0, accumulation=1, batch=4, data=None):
-    """AdamW for each parameter on its own, stepped only in the windows that it is active in, its state new in each."""
-    named = dict(model.named_parameters())
-    data = rows() if data is None else data
-    decay = set(Trainer.get_decay_parameter_names(None, model))
-    optimizers, since, place = {}, {}, 0
-    for step in range(num_steps):
-        first, active = next((first, active) for first, end, active in windows if first <= step < end)
-        for name in [name for name in optimizers if name not in active]:
-            del optimizers[name], since[name]
-        for name in active - optimizers.keys():
-            settings = {**ADAM, "weight_decay": ADAM["weight_decay"] if name in decay else 0.0}
-            optimizers[name] = torch.optim.AdamW([named[name]], **settings, fused=True)
-            since[name] = -ramp_steps if first == 0 else first
-        for name, parameter in named.items():
-            parameter.requires_grad_(name in active)
-        model.train()
-        batches = []
-        for _ in range(accumulation):
-            batches.append(torch.stack([data[(place + i) % len(data)]["input_ids"] for i in range(batch)]))
-            place += batch
-        for ids in batches:
-            loss = model(
-                input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(ids[:, 1:].numel() * accumulation)
-            ).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_([named[name] for name in named if name in active], max_grad_norm)
-        warm = step / 3 if step < 3 else max(0.0, (num_steps - step) / (num_steps - 3))
-        for name, optimizer in optimizers.items():
-            ramp = min(1.0, (step - since[name] + 1) / ramp_steps)
-            optimizer.param_groups[0]["lr"] = ADAM["lr"] * warm * ramp
-            optimizer.step()
-            optimizer.zero_grad()
-    return {name: parameter.detach().clone() for name, parameter in named.items()}
-
-
-def windows_of(callback, trainer, num_steps):
-    """Windows as recorded: first step, end, and the names of the parameters that learn."""
-    lines = RunRecord(trainer.args.output_dir).read("layers")
-    ends = [*(line["first_step"] for line in lines[1:]), num_steps]
-    return [
-        (
-            line["first_step"],
-            end,
-            {name for number in line["active"] for name in callback.blocks.blocks[number].parameters}
-            | set(callback.blocks.always),
-        )
-        for line, end in zip(lines, ends)
-    ]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -150,18 +81,62 @@ def test_training_equals_adamw_of_each_parameter_alone(build, lora, options, arg
     trainer = build(callback, model, callbacks=[seen], **args)
     trainer.train()
     num_steps = trainer.state.global_step
-    windows = windows_of(callback, trainer, num_steps)
+    windows = freeze_twin.windows_of(callback, trainer.args.output_dir, num_steps)
     if options["policy"] != "gradient":
         for step, names in enumerate(seen.learning):
             assert names == next(active for first, end, active in windows if first <= step < end)
-    clean = {key: value for key, value in options.items() if key == "ramp_steps"}
-    expected = twin(
-        llama(lora), windows, num_steps, clean["ramp_steps"],
-        accumulation=trainer.args.gradient_accumulation_steps,
+    accumulation = trainer.args.gradient_accumulation_steps
+    expected = freeze_twin.twin(
+        llama(lora), windows, num_steps, 4, accumulation=accumulation, ramp=options["ramp_steps"]
     )  # fmt: skip
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
     assert len(windows) == 1 or len({frozenset(active) for _, _, active in windows}) > 1
+
+
+def test_blocks_on_a_ramp_get_one_group_for_each_of_the_optimizer(build):
+    """A parameter in a group of its own would be stepped on its own: slow kernels, many launches."""
+    found = {}
+
+    class Groups(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            self.whole = [(group, list(group["params"])) for group in optimizer.param_groups]
+            optimizer.optimizer.register_step_pre_hook(self.look)
+
+        def look(self, optimizer, args, kwargs):
+            found[trainer.state.global_step] = [
+                (group["lr"], len(group["params"])) for group in optimizer.param_groups
+            ]
+
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            assert [group["params"] for group in optimizer.param_groups] == [params for _, params in self.whole]
+            assert all(group is before for group, (before, _) in zip(optimizer.param_groups, self.whole))
+
+    callback = LayerFreezeCallback(policy="cyclic", active_fraction=0.35, interval_steps=4, ramp_steps=2)
+    trainer = build(callback, callbacks=[Groups()])
+    trainer.train()
+    rates = {step: groups[0][0] for step, groups in found.items()}
+    # Matrices, and norms without weight decay; two layers at a time, of 7 and 2 of them.
+    assert [round(rate / rates[4], 6) for rate, _ in found[4]] == [1.0, 1.0, 0.5, 0.5]
+    assert [count for _, count in found[4]][2:] == [14, 4]
+    assert len(found[5]) == 2
+
+
+def test_between_steps_adapters_of_frozen_blocks_are_marked_as_learning(build):
+    """DeepSpeed and FSDP2 save what requires a gradient when a checkpoint is written."""
+
+    class Marks(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            marked.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+
+    seen, marked = ActiveSets(), []
+    callback = LayerFreezeCallback(policy="cyclic", active_fraction=0.35, interval_steps=3)
+    trainer = build(callback, llama(lora=True), callbacks=[seen, Marks()], save_strategy="steps", save_steps=5)
+    trainer.train()
+    adapters = {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
+    assert len(marked) == 5
+    assert all(names == adapters for names in marked)
+    assert all(3 * len(names) == len(adapters) for names in seen.learning)
 
 
 def test_requires_grad_and_hooks_are_as_before_when_training_has_ended(build):
@@ -276,10 +251,11 @@ def test_fixed_blocks_by_name_and_parts_outside(build):
 def test_a_task_head_learns_beside_the_blocks(build):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2
-    )
+        vocab_size=freeze_twin.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=2,
+    )  # fmt: skip
     model = BertForSequenceClassification(config)
-    data = [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0]) % 2} for row in rows()]
+    data = [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0]) % 2} for row in freeze_twin.rows()]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     callback = LayerFreezeCallback(policy="random", interval_steps=4)
     build(callback, model, data).train()
