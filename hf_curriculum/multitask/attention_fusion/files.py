@@ -272,6 +272,6 @@ model = AttentionFusionModel.from_pretrained("path/of/this/folder")
 model.predict(["some text"], task={first!r}, processing_class=tokenizer)
 ```
 
-Each folder is the model of one task alone, a standard LoRA: `PeftModel.from_pretrained(base_model, {first!r})` with
-PEFT alone, or with its head `MultiTaskHeads.from_pretrained`.
+Each folder is the model of one task alone, a standard LoRA over the base without a head (`AutoModel`):
+`PeftModel.from_pretrained(base, {first!r})` with PEFT alone, or with its head `MultiTaskHeads.from_pretrained`.
 """
