@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) python -m pytest
 STAMPS = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-multitask demo-layerwise test fast matrix-layerwise quality format clean
+.PHONY: help install demo demo-multitask demo-classification demo-layerwise test fast matrix-layerwise matrix-fusion quality format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,6 +27,9 @@ demo: $(STAMPS)-demo  ## train the embedded default end to end on CPU
 demo-multitask: $(STAMPS)-demo  ## train four generated tasks with CGC-LoRA and export them, on CPU
 	@$(RUN) accelerate launch recipes/multitask_cgc_lora.py
 
+demo-classification: $(STAMPS)-demo  ## train four related classifiers that consult one another, on CPU
+	@$(RUN) accelerate launch recipes/multitask_classification.py
+
 demo-layerwise: $(STAMPS)-demo  ## train a quarter of the layers at a time, beside all of them, on CPU
 	@$(RUN) accelerate launch recipes/sft_layerwise.py
 
@@ -38,6 +41,9 @@ fast: $(STAMPS)-test  ## the tests of one process that take seconds
 
 matrix-layerwise: $(STAMPS)-test  ## layer freezing under every backend, method and checkpointing
 	@$(PYTEST) -n 2 --dist worksteal -m matrix tests/layerwise
+
+matrix-fusion: $(STAMPS)-test  ## attention fusion under every backend, level and stage
+	@$(PYTEST) -n 2 --dist worksteal -m matrix tests/multitask
 
 quality: $(STAMPS)-dev  ## ruff check, ruff format --check, mypy
 	@$(RUN) ruff check .

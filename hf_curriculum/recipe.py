@@ -62,10 +62,7 @@ class DataArguments:
 
     prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompt."})
     completion_column: str = field(default="completion", metadata={"help": "Column with the completion."})
-    prompt_separator: str = field(
-        default="\n",
-        metadata={"help": "Between prompt and completion, part of the prompt, if there is no chat template."},
-    )
+    prompt_separator: str = field(default="\n", metadata={"help": "Ends the prompt where there is no chat template."})
     eval_fraction: float = field(
         default=0.1,
         metadata={"help": "Share of the training rows held out when the data has no evaluation split; 0 for none."},
@@ -83,7 +80,7 @@ class DataArguments:
             raise invalid("cpu_threads", self.cpu_threads, "an integer >= 1")
 
 
-def prefixed_arguments(config: type, prefix: str) -> type:
+def prefixed_arguments(config: type, prefix: str, without: Sequence[str] = ()) -> type:
     """
     Makes a dataclass for an argument parser from a config: each field with a prefix, so that no name clashes.
 
@@ -93,13 +90,15 @@ def prefixed_arguments(config: type, prefix: str) -> type:
             takes.
         prefix (`str`):
             Put before each name, `"curriculum_"` say.
+        without (`Sequence[str]`, *optional*):
+            Fields that are left out.
 
     Returns:
         `type`: the dataclass.
     """
     hints = get_type_hints(config, localns={"DifficultyScorer": object})
     made: list[tuple[str, Any, Any]] = []
-    for item in fields(config):
+    for item in (item for item in fields(config) if item.name not in without):
         if item.default is MISSING:
             raise invalid(f"{config.__name__}.{item.name}", "no default", "a field with a default")
         kind = item.metadata.get("cli_type", hints[item.name])
@@ -113,7 +112,7 @@ def prefixed_arguments(config: type, prefix: str) -> type:
     return make_dataclass(f"{config.__name__}Arguments", made)
 
 
-def config_from_arguments(config: type[T], prefix: str, arguments: object) -> T:
+def config_from_arguments(config: type[T], prefix: str, arguments: object, **others: Any) -> T:
     """
     Makes the config from what [`prefixed_arguments`] parsed.
 
@@ -124,11 +123,14 @@ def config_from_arguments(config: type[T], prefix: str, arguments: object) -> T:
             The same prefix.
         arguments (`object`):
             The parsed dataclass.
+        **others:
+            Fields that it was made without.
 
     Returns:
         An instance of `config`.
     """
-    return config(**{item.name: getattr(arguments, prefix + item.name) for item in fields(config)})  # type: ignore[arg-type]
+    names = [item.name for item in fields(config) if item.name not in others]  # type: ignore[arg-type]
+    return config(**others, **{name: getattr(arguments, prefix + name) for name in names})
 
 
 def command_line(words: Sequence[str], demo_config: Path) -> list[str]:
@@ -286,9 +288,8 @@ def load_splits(arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
         return _from_saved(load_from_disk(str(path)), arguments)
     if path.is_dir() and (path / "state.json").is_file():
         if arguments.dataset_train_split != "train":
-            raise invalid(
-                "dataset_train_split", arguments.dataset_train_split, "train: a saved data set has no splits"
-            )
+            expected = "train: a saved data set has no splits"
+            raise invalid("dataset_train_split", arguments.dataset_train_split, expected)
         return load_from_disk(str(path)), None
     options = _loading_options(str(arguments.dataset_name), arguments.dataset_config)
     train = load_dataset(**options, split=arguments.dataset_train_split)

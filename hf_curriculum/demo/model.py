@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .corpus import vocabulary
@@ -22,13 +23,17 @@ MAX_LENGTH = 512
 _SPACE = "\u2581"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
     """
     Builds the demo's tokenizer: whole words of the corpus, single digits, and bytes for every other text.
 
     The vocabulary follows from the templates of the corpus, so it is the same for every seed and size. A word carries
     the space before it, as in SentencePiece, so decoding gives the text back. Other text falls back to letters and
     bytes: nothing is unknown, only longer.
+
+    Args:
+        words (`Sequence[str]`, *optional*):
+            Words and signs, each once. Defaults to those of the corpus.
 
     Returns:
         `transformers.PreTrainedTokenizerFast`: with `<pad>`, `<eos>` and `<unk>`; it adds no special token by itself.
@@ -47,7 +52,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = [PAD_TOKEN, EOS_TOKEN, UNK_TOKEN]
-    words = vocabulary()
+    words = vocabulary() if words is None else words
     single = [_SPACE, "\n", *string.digits, *string.ascii_letters, *string.punctuation]
     single += [_SPACE + digit for digit in string.digits]
     whole = [_SPACE + word for word in words] + [word for word in words if word.istitle()]
