@@ -17,7 +17,8 @@ class by name or number, a list of classes (multi-label) or a number with a deci
 
 import shutil
 import sys
-from dataclasses import dataclass, field, fields, make_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
-from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
-from trl import (
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from hf_curriculum.analysis.classification_metrics import accuracy, macro_f1
 from hf_curriculum.analysis.gate_plots import draw_gates
@@ -52,8 +46,11 @@ from hf_curriculum.multitask.rows import inferred_names
 from hf_curriculum.recipe import (
     DataArguments,
     check_output_dir,
+    command_line,
+    config_from_arguments,
     hold_out,
     load_splits,
+    named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
@@ -107,32 +104,14 @@ class CGCArguments:
     cgc_gate_normalization: str = field(default="softmax", metadata={"help": "softmax (sum 1) or sum_to_n."})
 
 
-def multitask_arguments() -> type:
-    """Fields of `MultiTaskConfig` as arguments, without the column, which has a name of its own."""
-    prefixed = prefixed_arguments(MultiTaskConfig, "multitask_")
-    kept: list[tuple[str, Any, Any]] = [
-        (item.name, item.type, field(default=item.default, metadata=item.metadata))
-        for item in fields(prefixed)
-        if item.name != "multitask_task_column"
-    ]
-    return make_dataclass(prefixed.__name__, kept)
-
-
 def make_parser() -> TrlParser:
     """Builds the parser."""
-    parser = TrlParser(
-        (ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments, CGCArguments, multitask_arguments())
-    )
+    multitask = prefixed_arguments(MultiTaskConfig, "multitask_", without=("task_column",))
+    groups = (ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments, CGCArguments, multitask)
+    parser = TrlParser(groups)
     set_cpu_defaults(parser)
     parser.set_defaults(output_dir="outputs/multitask_cgc_lora")
     return parser
-
-
-def multitask_config(run: RunArguments, arguments: object) -> MultiTaskConfig:
-    """The config from what was parsed."""
-    names = [item.name for item in fields(MultiTaskConfig) if item.name != "task_column"]
-    values = {name: getattr(arguments, f"multitask_{name}") for name in names}
-    return MultiTaskConfig(task_column=run.task_column, **values)
 
 
 def adapter_config(
@@ -181,18 +160,10 @@ def train_sft(
     multitask: MultiTaskConfig,
 ) -> tuple[MultiTaskMixin, PreTrainedModel]:
     """Trains on prompts and completions."""
+    named = named_model(model_args, script, training)
     train, test = load_data(script, data, training, run)
     tasks = multitask.task_names or inferred_names(train, run.task_column)
-    if model_args.model_name_or_path is None:
-        model, tokenizer = list_copier(run.demo_base_steps, training.seed)
-    else:
-        training.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(training.model_init_kwargs or {}),
-        }
-        model, tokenizer = model_args.model_name_or_path, load_tokenizer(model_args, training)
+    model, tokenizer = named or list_copier(run.demo_base_steps, training.seed)
     keep = {data.prompt_column, data.completion_column, run.task_column, "messages", "text", "input_ids", "labels"}
     parts = [None if part is None else part.select_columns([c for c in part.column_names if c in keep])
              for part in (train, test)]  # fmt: skip
@@ -211,15 +182,6 @@ def train_sft(
         show_losses(trainer, with_guess=script.dataset_name is None)
     trainer.save_model(training.output_dir)
     return trainer, trainer.model
-
-
-def load_tokenizer(model_args: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the named model."""
-    return AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training.trust_remote_code,
-    )
 
 
 def show_losses(trainer: MultiTaskMixin, with_guess: bool = False) -> None:
@@ -250,21 +212,18 @@ def train_classifier(
         raise unsupported(
             "Packing with `--objective classification`", "rows of a pack cannot be told apart", "Leave it unset."
         )
+    named = named_model(model_args, script, training)
     train, test = load_data(script, data, training, run)
     tasks = multitask.task_names or inferred_names(train, run.task_column)
-    if model_args.model_name_or_path is None:
-        base, tokenizer = list_copier(run.demo_base_steps, training.seed)
-        backbone = base.base_model
+    model, tokenizer = named or list_copier(run.demo_base_steps, training.seed)
+    if isinstance(model, str):
+        kept = {
+            "trust_remote_code": training.trust_remote_code,
+            "quantization_config": get_quantization_config(model_args),
+        }
+        backbone = AutoModel.from_pretrained(model, **(kept | training.model_init_kwargs))
     else:
-        tokenizer = load_tokenizer(model_args, training)
-        backbone = AutoModel.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            dtype=model_args.dtype,
-            attn_implementation=model_args.attn_implementation,
-            trust_remote_code=training.trust_remote_code,
-            quantization_config=get_quantization_config(model_args),
-        )
+        backbone = model.base_model
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     adapted = get_peft_model(backbone, adapter_config(cgc, model_args, tasks, None, None))
@@ -360,12 +319,6 @@ def main(
     multitask: MultiTaskConfig,
 ) -> None:
     """Trains, reports, saves, exports."""
-    if (script.dataset_name is None) != (model_args.model_name_or_path is None):
-        raise invalid(
-            "model_name_or_path and dataset_name",
-            f"{model_args.model_name_or_path} and {script.dataset_name}",
-            "both, or neither for the embedded demo",
-        )
     set_cpu_threads(training, data.cpu_threads)
     check_output_dir(training)
     train = train_classifier if run.objective == "classification" else train_sft
@@ -376,23 +329,14 @@ def main(
     say(f"Model saved to {training.output_dir}, run record to {trainer.record.folder}.")
 
 
-def split_config(argument: str) -> list[str]:
-    """Takes `--config=file` apart."""
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def with_demo_config(command_line: list[str]) -> list[str]:
-    """Adds the demo's config where neither a config nor a data set is named."""
-    words = [word for argument in command_line for word in split_config(argument)]
-    if {"--config", "--dataset_name", "--dataset-name"} & {word.split("=")[0] for word in words}:
-        return words
-    objective = "classification" if "classification" in " ".join(words) else "sft"
-    return ["--config", str(DEMO_CONFIGS[objective]), *words]
+def demo_config(words: Sequence[str]) -> Path:
+    """The config of the demo whose objective the words of the command line name."""
+    return DEMO_CONFIGS["classification" if "classification" in " ".join(words) else "sft"]
 
 
 if __name__ == "__main__":
-    *parsed, run_arguments, cgc_arguments, multitask_parsed = make_parser().parse_args_and_config(
-        with_demo_config(sys.argv[1:])
-    )
-    main(*parsed, run_arguments, cgc_arguments, multitask_config(run_arguments, multitask_parsed))
+    words = command_line(sys.argv[1:], demo_config(sys.argv[1:]))
+    *parsed, run_arguments, cgc_arguments, rest = make_parser().parse_args_and_config(words)
+    multitask = config_from_arguments(MultiTaskConfig, "multitask_", rest, task_column=run_arguments.task_column)
+    main(*parsed, run_arguments, cgc_arguments, multitask)
     end_processes()

@@ -22,43 +22,31 @@ the stage that was interrupted.
 
 import copy
 import sys
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import shorten
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import HfApi
-from peft import LoraConfig
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
-from hf_curriculum.analysis.classification_metrics import accuracy, macro_f1, multi_label_f1
+from hf_curriculum import AttentionFusionConfig, AttentionFusionModel, MultiTaskConfig, MultiTaskTrainer
+from hf_curriculum.analysis.classification_metrics import macro_f1, multi_label_f1
 from hf_curriculum.analysis.fusion_plots import draw_fusion
-from hf_curriculum.core.console import say, show_table
+from hf_curriculum.core.console import say
 from hf_curriculum.core.distributed import end_processes, on_main_process
 from hf_curriculum.core.errors import invalid, unsupported
-from hf_curriculum.core.order import seeded_order
 from hf_curriculum.core.records import RECORD_FOLDER
 from hf_curriculum.core.state import incompleteness, list_checkpoints
 from hf_curriculum.demo.encoder import message_reader
 from hf_curriculum.demo.messages import generate_messages
-from hf_curriculum.multitask.attention_fusion import AttentionFusionConfig, AttentionFusionModel
-from hf_curriculum.multitask.attention_fusion.attention import measure_attention
-from hf_curriculum.multitask.attention_fusion.features import cache_features
+from hf_curriculum.multitask.attention_fusion import cache_features, measure_attention
 from hf_curriculum.multitask.attention_fusion.files import CONFIG_NAME
-from hf_curriculum.multitask.config import MultiTaskConfig
+from hf_curriculum.multitask.attention_fusion.report import show_examples, show_pruning, show_scores
 from hf_curriculum.multitask.rows import inferred_names
 from hf_curriculum.multitask.task_head import TaskHead
 from hf_curriculum.multitask.task_texts import TaskTexts, heads_of_splits, read_texts, several_label_tasks
@@ -69,19 +57,16 @@ from hf_curriculum.recipe import (
     config_from_arguments,
     hold_out,
     load_splits,
+    named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
     set_cpu_threads,
 )
-from hf_curriculum.trainers import MultiTaskTrainer
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "multitask_classification" / "demo.yaml"
 STAGES = ("both", "tasks", "fusion", "joint")
-# Held-out rows shown one by one, and tables of pruning with a line for each k up to so many tasks.
-EXAMPLES_OF_A_TASK = 2
-MOST_PRUNINGS = 8
 
 
 @dataclass
@@ -91,25 +76,14 @@ class LabelArguments:
     task_column: str = field(default="task", metadata={"help": "Column with the task of each row, by name or id."})
     label_column: str = field(default="label", metadata={"help": "Column with the label or labels of each row."})
     multi_label_tasks: list[str] | None = field(
-        default=None,
-        metadata={"help": "Tasks with any number of labels per row. None: those whose lists have other than one."},
+        default=None, metadata={"help": "Tasks with any number of labels per row. None: those with lists of not one."}
     )
-    label_separator: str = field(
-        default=",", metadata={"help": "Between the labels of a multi-label task, where labels are texts."}
-    )
-    multi_label_threshold: float = field(
-        default=0.5, metadata={"help": "Probability above which a class of a multi-label task is predicted."}
-    )
-    class_weights: str | None = field(
-        default=None, metadata={"help": "`balanced`: rare classes count as much in the loss as frequent ones."}
-    )
-    demo_few_rows: int = field(
-        default=160, metadata={"help": "Of the demo's rows, those of each of its two tasks with few rows."}
-    )
+    label_separator: str = field(default=",", metadata={"help": "Between the labels of a row, where they are texts."})
+    multi_label_threshold: float = field(default=0.5, metadata={"help": "Probability above which a class applies."})
+    class_weights: str | None = field(default=None, metadata={"help": "`balanced`: classes count alike in the loss."})
+    demo_few_rows: int = field(default=160, metadata={"help": "Rows of each of the demo's two tasks with few rows."})
     demo_held_out_rows: int = field(default=300, metadata={"help": "Rows of each of the demo's tasks to evaluate on."})
-    demo_base_steps: int = field(
-        default=150, metadata={"help": "Steps that the embedded encoder is trained, before the tasks."}
-    )
+    demo_base_steps: int = field(default=150, metadata={"help": "Steps of training the embedded encoder beforehand."})
 
     def __post_init__(self) -> None:
         for name in ("demo_few_rows", "demo_held_out_rows"):
@@ -126,32 +100,17 @@ class FusionArguments:
     fusion_stage: str = field(default="both", metadata={"help": f"What is trained: one of {', '.join(STAGES)}."})
     fusion_from: str | None = field(default=None, metadata={"help": "Folder that stage `tasks` has written."})
     fusion_load: list[str] | None = field(
-        default=None,
-        metadata={"help": "Plain LoRAs of single tasks, folders or Hub ids, as `task=path`; in YAML also a mapping."},
+        default=None, metadata={"help": "LoRAs of single tasks, folders or Hub ids: `task=path`; in YAML a mapping."}
     )
     fusion_level: str = field(default="output", metadata={"help": "Where tasks consult one another: output, layer."})
-    fusion_dim: int | None = field(
-        default=None, metadata={"help": "Dimension of queries, keys, values. None: 64 (output), 8 (layer)."}
-    )
-    fusion_heads: int | None = field(default=None, metadata={"help": "Attention heads. None: 4 (output), 2 (layer)."})
-    fusion_pooling: str | None = field(
-        default=None,
-        metadata={"help": "What of a row is classified: cls, mean, last. None: last if causal, else mean."},
-    )
+    fusion_dim: int | None = field(default=None, metadata={"help": "Of query, key, value. None: 64; 8 at `layer`."})
+    fusion_heads: int | None = field(default=None, metadata={"help": "Attention heads. None: 4; 2 at `layer`."})
+    fusion_pooling: str | None = field(default=None, metadata={"help": "cls, mean, last. None: mean; last if causal."})
     fusion_dropout: float = field(default=0.1, metadata={"help": "Dropout before the task heads."})
-    fusion_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of stage `fusion`. None: `--learning_rate`."}
-    )
-    fusion_num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Of stage `fusion`. None: `--num_train_epochs`."}
-    )
-    fusion_cache: bool | None = field(
-        default=None,
-        metadata={"help": "Train stage `fusion` on pooled outputs computed once. None: at level output."},
-    )
-    fusion_prune_rows: int = field(
-        default=1000, metadata={"help": "Held-out rows, at most, to measure what pruning costs on; 0 for none."}
-    )
+    fusion_learning_rate: float | None = field(default=None, metadata={"help": "Of `fusion`. None: as of `tasks`."})
+    fusion_num_train_epochs: float | None = field(default=None, metadata={"help": "Of `fusion`. None: as of `tasks`."})
+    fusion_cache: bool | None = field(default=None, metadata={"help": "Compute outputs once. None: at level output."})
+    fusion_prune_rows: int = field(default=1000, metadata={"help": "Held-out rows to measure pruning on; 0 for none."})
 
     def __post_init__(self) -> None:
         if self.fusion_stage not in STAGES:
@@ -160,6 +119,8 @@ class FusionArguments:
             where = f"level {self.fusion_level}, stage {self.fusion_stage}"
             fix = "There task models learn or consult one another inside the base. Leave it unset."
             raise invalid("fusion_cache", f"true at {where}", "false", fix)
+        if self.fusion_prune_rows < 0:
+            raise invalid("fusion_prune_rows", self.fusion_prune_rows, "an integer >= 0")
 
     def loads(self) -> dict[str, str]:
         """Where the LoRAs of single tasks are, by task."""
@@ -205,11 +166,7 @@ def load_data(
 
 
 def read_splits(
-    script: ScriptArguments,
-    data: DataArguments,
-    training: SFTConfig,
-    ours: LabelArguments,
-    multitask: MultiTaskConfig,
+    script: ScriptArguments, data: DataArguments, training: SFTConfig, ours: LabelArguments, multitask: MultiTaskConfig
 ) -> tuple[TaskTexts, TaskTexts | None, dict[str, TaskHead]]:
     """Training rows, rows to evaluate on, and the heads that they need."""
     train, test = load_data(script, data, training, ours)
@@ -226,51 +183,34 @@ def read_splits(
 
 
 def load_base(
-    model_args: ModelConfig, training: SFTConfig, ours: LabelArguments
+    named: tuple[str, PreTrainedTokenizerBase] | None, model_args: ModelConfig, training: SFTConfig, demo_steps: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base without head, and tokenizer; the embedded encoder without a name."""
-    name = model_args.model_name_or_path
-    if name is None:
-        return message_reader(ours.demo_base_steps, training.seed)
-    shared = {"revision": model_args.model_revision, "trust_remote_code": training.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+    if named is None:
+        return message_reader(demo_steps, training.seed)
+    name, tokenizer = named
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    base = AutoModel.from_pretrained(
-        name,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=get_quantization_config(model_args),
-        **shared,
-    )
-    return base, tokenizer
+    kept = {
+        "trust_remote_code": training.trust_remote_code,
+        "quantization_config": get_quantization_config(model_args),
+    }
+    return AutoModel.from_pretrained(name, **(kept | training.model_init_kwargs)), tokenizer
 
 
 def build_model(
     base: PreTrainedModel, heads: dict[str, TaskHead], model_args: ModelConfig, fusion: FusionArguments
 ) -> AttentionFusionModel:
     """The model in stage `tasks`, with TRL's LoRA arguments for each task."""
-    targets = model_args.lora_target_modules
+    lora = get_peft_config(replace(model_args, use_peft=True))
+    # The task type is that of a model with its head, which is not PEFT's.
+    lora.task_type = None
     # TRL makes text of a list with one name, which PEFT reads as an expression for the whole name of a layer.
-    if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
-        targets = [targets]
-    lora = LoraConfig(
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        target_modules=targets,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-    )
-    config = AttentionFusionConfig(
-        heads=heads,
-        level=fusion.fusion_level,
-        lora=lora,
-        pooling=fusion.fusion_pooling,
-        fusion_dim=fusion.fusion_dim,
-        num_attention_heads=fusion.fusion_heads,
-        dropout=fusion.fusion_dropout,
-    )
+    if isinstance(lora.target_modules, str) and lora.target_modules.isidentifier():
+        lora.target_modules = {lora.target_modules}
+    sizes = {"fusion_dim": fusion.fusion_dim, "num_attention_heads": fusion.fusion_heads}
+    reading = {"pooling": fusion.fusion_pooling, "dropout": fusion.fusion_dropout}
+    config = AttentionFusionConfig(heads=heads, level=fusion.fusion_level, lora=lora, **sizes, **reading)
     return AttentionFusionModel(base, config)
 
 
@@ -312,9 +252,8 @@ def stages_to_run(training: SFTConfig, fusion: FusionArguments) -> list[tuple[st
         stage = Path(str(resume)).resolve().parent.name
         if stage not in wanted:
             folders = " or ".join(str(root / name / "checkpoint-<step>") for name in wanted)
-            raise invalid(
-                "resume_from_checkpoint", str(resume), f"a checkpoint of stage {fusion.fusion_stage}: {folders}"
-            )
+            expected = f"a checkpoint of stage {fusion.fusion_stage}: {folders}"
+            raise invalid("resume_from_checkpoint", str(resume), expected)
         return [(stage, resume), *((later, None) for later in wanted[wanted.index(stage) + 1 :])]
     if len(wanted) == 1 or any(incompleteness(path) is None for path in list_checkpoints(root / "fusion")):
         return [(wanted[-1], True)]
@@ -326,26 +265,18 @@ def stages_to_run(training: SFTConfig, fusion: FusionArguments) -> list[tuple[st
 def check_stages(training: SFTConfig, fusion: FusionArguments, names: list[str]) -> None:
     """Refuses what cannot be done, before anything is loaded or trained."""
     if fusion.fusion_stage == "both" and training.deepspeed_plugin is not None:
-        folder = training.output_dir
-        raise unsupported(
-            "`--fusion_stage both` under DeepSpeed",
-            "a process trains once: a second training would destroy its engine",
-            f"Run twice: `--fusion_stage tasks`, then `--fusion_stage fusion --fusion_from {folder}/tasks`.",
-        )
+        why = "a process trains once: a second training would destroy its engine"
+        second = f"--fusion_stage fusion --fusion_from {training.output_dir}/tasks"
+        fix = f"Run twice: `--fusion_stage tasks`, then `{second}`."
+        raise unsupported("`--fusion_stage both` under DeepSpeed", why, fix)
     if training.packing or training.padding_free:
         raise unsupported("Packing with task heads", "rows of a pack cannot be told apart", "Leave it unset.")
     if fusion.fusion_stage == "fusion" and fusion.fusion_from is None and set(names) - set(fusion.loads()):
         fix = "Run `--fusion_stage tasks` first, or `both`."
         raise invalid("fusion_from", None, "the folder of stage `tasks`, or a `--fusion_load` for every task", fix)
-    if fusion.fusion_cache and is_partitioned(training):
-        raise unsupported(
-            "`--fusion_cache true` under ZeRO-3", "the base is in parts until training starts", "Leave it unset."
-        )
-
-
-def is_partitioned(training: SFTConfig) -> bool:
-    """Whether each process holds a part of the weights (ZeRO-3)."""
-    return training.deepspeed_plugin is not None and training.deepspeed_plugin.zero_stage == 3
+    if fusion.fusion_cache and getattr(training.deepspeed_plugin, "zero_stage", 0) == 3:
+        why = "the base is in parts until training starts"
+        raise unsupported("`--fusion_cache true` under ZeRO-3", why, "Leave it unset.")
 
 
 def train_stage(
@@ -361,14 +292,13 @@ def train_stage(
     """Trains one stage; that of the fusion over finished outputs on a cache of them."""
     model.set_stage(stage)
     collator = DataCollatorWithPadding(tokenizer)
-    cached = fusion.fusion_cache is not False and model.level == "output" and not is_partitioned(args)
-    if stage == "fusion" and cached:
+    # Under ZeRO-3 the base is in parts.
+    can_cache = model.level == "output" and getattr(args.deepspeed_plugin, "zero_stage", 0) != 3
+    if stage == "fusion" and fusion.fusion_cache is not False and can_cache:
         model.to(args.device)
-        folder, size = Path(args.output_dir) / "pooled", args.per_device_eval_batch_size
-        features = {
-            name: cache_features(model, part, folder, collator=collator, batch_size=size)
-            for name, part in rows.items()
-        }
+        folder = Path(args.output_dir) / "pooled"
+        options = {"collator": collator, "batch_size": args.per_device_eval_batch_size}
+        features = {name: cache_features(model, part, folder, **options) for name, part in rows.items()}
         # It reads the files of all splits.
         collator = features["train"].collator
         rows = {name: part.rows for name, part in features.items()}
@@ -385,126 +315,17 @@ def train_stage(
 # What came of it
 
 
-def task_scores(head: TaskHead, logits: np.ndarray, labels: np.ndarray) -> tuple[float | None, float | None]:
-    """Accuracy and macro-F1 of one task; several labels per row: rows of which all are right, and mean F1."""
-    own = logits[:, : head.num_labels]
-    if head.problem_type == "single_label_classification":
-        found, wanted = own.argmax(axis=1), labels[:, 0].astype(np.int64)
-        return accuracy(found, wanted), macro_f1(found, wanted)
-    if head.problem_type == "regression":
-        return None, None
-    threshold = np.asarray(head.threshold)
-    found = (own > np.log(threshold / (1 - threshold))).astype(np.int64)
-    wanted = labels[:, : head.num_labels].astype(np.int64)
-    return float((found == wanted).all(axis=1).mean()), multi_label_f1(found, wanted)["macro_f1"]
+def class_f1(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Macro-F1 of classes; where several apply to a row, the mean F1 of each."""
+    return macro_f1(found, wanted) if found.ndim == 1 else multi_label_f1(found, wanted)["macro_f1"]
 
 
-def scores_of(trainer: MultiTaskTrainer, model: AttentionFusionModel, stage: str) -> dict[str, list[Any]]:
-    """Rows, accuracy, F1 and loss of each task on the held-out rows, as outputs of one stage."""
-    before = model.stage
-    model.set_stage(stage)
-    predicted = trainer.predict(trainer.eval_dataset)
-    model.set_stage(before)
-    tasks = np.asarray(trainer.eval_dataset["task"][:])
-    labels = np.asarray(predicted.label_ids, dtype=np.float64).reshape(len(tasks), -1)
-    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    found = {}
-    for name, head in model.heads.items():
-        if (own := tasks == name).any():
-            loss = predicted.metrics[f"test_{name}_loss"]
-            found[name] = [int(own.sum()), *task_scores(head, logits[own], labels[own]), loss]
-    return found
-
-
-def show_scores(trainer: MultiTaskTrainer, model: AttentionFusionModel, train: TaskTexts) -> None:
-    """Prints the scores of each task's own model, where it was trained alone, and of the fused one."""
-    own = {} if model.stage == "joint" else scores_of(trainer, model, "tasks")
-    fused = {} if model.stage == "tasks" else scores_of(trainer, model, model.stage)
-    counts, nothing, table = Counter(train.tasks), [None] * 4, []
-    for name in model.heads:
-        alone, together = own.get(name, nothing), fused.get(name, nothing)
-        change = None if None in (alone[1], together[1]) else f"{together[1] - alone[1]:+.3f}"
-        pairs = [value for pair in zip(alone[1:], together[1:], strict=True) for value in pair]
-        table.append([name, counts[name], alone[0] or together[0], *pairs[:2], change, *pairs[2:]])
-    columns = (
-        "task",
-        "trained on",
-        "rows",
-        "accuracy: own",
-        "fused",
-        "change",
-        "F1: own",
-        "fused",
-        "loss: own",
-        "fused",
-    )
-    show_table(
-        "Held-out rows: the model of each task alone, and fused (several labels: all of a row right)", columns, table
-    )
-    changes = [fused[name][1] - own[name][1] for name in fused if name in own and own[name][1] is not None]
-    if changes:
-        better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-        say(f"Fusion: {better} task(s) better, {worse} worse, accuracy {np.mean(changes):+.3f} in the mean.")
-
-
-def show_pruning(
-    model: AttentionFusionModel, tokenizer: PreTrainedTokenizerBase, rows: TaskTexts, most: int, length: int | None
-) -> None:
-    """Prints what is left of the accuracy where each task listens to k tasks alone, itself among them."""
-    if model.level != "output" or model.stage == "tasks" or most == 0:
-        return
-    chosen = sorted(seeded_order(len(rows), 0, 0)[:most].tolist())
-    texts, tasks = [rows.texts[place] for place in chosen], [rows.tasks[place] for place in chosen]
-    count = len(model.heads)
-    every = range(1, count + 1) if count <= MOST_PRUNINGS else [2**power for power in range(count.bit_length())]
-    table = []
-    for k in dict.fromkeys([*every, count]):
-        found = model.predict(texts, task=tasks, processing_class=tokenizer, top_k=k, max_length=length)
-        hits: dict[str, list[bool]] = {name: [] for name in model.heads}
-        for place, prediction in zip(chosen, found, strict=True):
-            label = rows.labels[place]
-            right = set(prediction.label) == set(label) if isinstance(label, list) else prediction.label == label
-            hits[rows.tasks[place]].append(right)
-        table.append([k, *(float(np.mean(own)) if own else None for own in hits.values())])
-    title = f"Accuracy on {len(chosen)} held-out rows where each task runs the k LoRAs that it listens to most"
-    show_table(title, ("k", *model.heads), table)
-
-
-def show_examples(
-    model: AttentionFusionModel, tokenizer: PreTrainedTokenizerBase, rows: TaskTexts, length: int | None
-) -> None:
-    """Prints predictions for a few held-out rows, with whom they listened to."""
-    places = [
-        place
-        for name in model.heads
-        for place in [place for place, task in enumerate(rows.tasks) if task == name][:EXAMPLES_OF_A_TASK]
-    ]
-    texts, tasks = [rows.texts[place] for place in places], [rows.tasks[place] for place in places]
-    table = []
-    found = model.predict(texts, task=tasks, processing_class=tokenizer, max_length=length)
-    for place, text, task, prediction in zip(places, texts, tasks, found, strict=True):
-        heard = sorted((prediction.attention or {}).items(), key=lambda pair: -pair[1])[:3]
-        shown = ", ".join(f"{name} {share:.2f}" for name, share in heard) or None
-        table.append([shorten(text, 50), task, *map(as_text, (rows.labels[place], prediction.label)), shown])
-    show_table("Predictions, and whom they listened to", ("text", "task", "label", "predicted", "listens to"), table)
-
-
-def as_text(label: Any) -> str:
-    """A label or several in one cell."""
-    return ", ".join(map(str, label)) or "(none)" if isinstance(label, list) else str(label)
-
-
-def report(
-    trainer: MultiTaskTrainer,
-    model: AttentionFusionModel,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: tuple[TaskTexts, TaskTexts | None],
-    most: int,
-) -> None:
+def report(trainer: MultiTaskTrainer, train: TaskTexts, test: TaskTexts | None, prune_rows: int) -> None:
     """Measures the attention, which is saved with the model, and shows what came of the training."""
-    train, test = splits
+    model, tokenizer = trainer.model, trainer.processing_class
     if test is not None:
-        show_scores(trainer, model, train)
+        counts = {name: train.tasks.count(name) for name in model.heads}
+        show_scores(trainer, model, trainer.eval_dataset, trained_on=counts, f1=class_f1)
     if model.stage != "tasks":
         covered = test is not None and set(test.tasks) == set(model.heads)
         rows = trainer.eval_dataset if covered else trainer.train_dataset
@@ -517,8 +338,10 @@ def report(
         elif (picture := on_main_process(lambda: draw_fusion(str(trainer.args.output_dir)))) is not None:
             say(f"Heat-maps of whom tasks and classes listen to: {picture} and beside it.")
     if test is not None:
-        show_pruning(model, tokenizer, test, most, trainer.args.max_length)
-        show_examples(model, tokenizer, test, trainer.args.max_length)
+        length = trainer.args.max_length
+        if model.stage != "tasks" and model.level == "output" and prune_rows:
+            show_pruning(model, tokenizer, test, max_rows=prune_rows, max_length=length)
+        show_examples(model, tokenizer, test, max_length=length)
 
 
 def push(folder: str, training: SFTConfig) -> None:
@@ -542,16 +365,14 @@ def main(
     multitask: MultiTaskConfig,
 ) -> None:
     """Trains stage by stage, reports, saves, pushes."""
-    if (script.dataset_name is None) != (model_args.model_name_or_path is None):
-        got = f"{model_args.model_name_or_path} and {script.dataset_name}"
-        raise invalid("model_name_or_path and dataset_name", got, "both, or neither for the embedded demo")
+    named = named_model(model_args, script, training)
     train, test, heads = read_splits(script, data, training, ours, multitask)
     check_stages(training, fusion, list(heads))
     set_cpu_threads(training, data.cpu_threads)
     plan = stages_to_run(training, fusion)
     for stage, _ in plan:
         check_output_dir(stage_arguments(training, stage, fusion))
-    base, tokenizer = load_base(model_args, training, ours)
+    base, tokenizer = load_base(named, model_args, training, ours.demo_base_steps)
     # New weights are drawn from the global generator: the same in every process, and when a run is resumed.
     torch.manual_seed(training.seed)
     model = build_model(base, heads, model_args, fusion)
@@ -563,7 +384,7 @@ def main(
         args = stage_arguments(training, stage, fusion)
         trainer = train_stage(stage, resume, model, rows, tokenizer, args, fusion, multitask)
         if stage == plan[-1][0]:
-            report(trainer, model, tokenizer, (train, test), fusion.fusion_prune_rows)
+            report(trainer, train, test, fusion.fusion_prune_rows)
         trainer.save_model(args.output_dir)
         say(f"Stage {stage} saved to {args.output_dir}, its run record to {trainer.record.folder}.")
     if training.push_to_hub:

@@ -14,7 +14,7 @@ from hf_curriculum.demo.tasks import generate_tasks
 from hf_curriculum.multitask.cgc_lora.config import CGCLoraConfig
 from hf_curriculum.multitask.config import MultiTaskConfig
 from hf_curriculum.multitask.heads import MultiTaskHeads
-from hf_curriculum.recipe import DataArguments
+from hf_curriculum.recipe import DataArguments, command_line, config_from_arguments, prefixed_arguments
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ SMALL = ["--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--max
 
 def parse(recipe, *args):
     *parsed, run, cgc, multitask = recipe.make_parser().parse_args_and_config(list(map(str, args)))
-    return *parsed, run, cgc, recipe.multitask_config(run, multitask)
+    config = config_from_arguments(MultiTaskConfig, "multitask_", multitask, task_column=run.task_column)
+    return *parsed, run, cgc, config
 
 
 def run(recipe, *args):
@@ -50,8 +51,9 @@ def test_defaults_work_without_an_accelerator(recipe):
 
 
 def test_no_name_is_taken_twice(recipe):
+    multitask = prefixed_arguments(MultiTaskConfig, "multitask_", without=("task_column",))
     groups = (ScriptArguments, SFTConfig, ModelConfig, DataArguments, recipe.RunArguments, recipe.CGCArguments)
-    names = [item.name for group in (*groups, recipe.multitask_arguments()) for item in fields(group)]
+    names = [item.name for group in (*groups, multitask) for item in fields(group)]
     shared = {"trust_remote_code"}  # TRL's own, in two of its groups
     assert sorted({name for name in names if names.count(name) > 1} - shared) == []
 
@@ -89,11 +91,15 @@ def test_every_yaml_is_read(recipe, repository):
 
 
 def test_the_demo_s_config_is_taken_where_no_data_is_named(recipe):
-    assert recipe.with_demo_config(["--demo_rows", "8"])[1].endswith("demo.yaml")
-    assert recipe.with_demo_config(["--objective", "classification"])[1].endswith("demo_classification.yaml")
-    for named in (["--config", "x.yaml"], ["--dataset_name=x"]):
-        assert recipe.with_demo_config(named) == named
-    assert recipe.with_demo_config(["--config=x.yaml"]) == ["--config", "x.yaml"]
+    def words(*given):
+        return command_line(given, recipe.demo_config(given))
+
+    assert words("--demo_rows", "8")[1].endswith("demo.yaml")
+    assert words("--objective", "classification")[1].endswith("demo_classification.yaml")
+    assert words("--objective=classification")[1].endswith("demo_classification.yaml")
+    for named in (["--config", "x.yaml"], ["--dataset_name=x", "--objective", "classification"]):
+        assert words(*named) == named
+    assert words("--config=x.yaml") == ["--config", "x.yaml"]
 
 
 @pytest.mark.parametrize(

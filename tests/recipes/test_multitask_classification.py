@@ -113,15 +113,28 @@ def test_loaded_tasks_are_named_by_words_or_a_mapping(recipe, tmp_path):
         parse(recipe, "--fusion_load", "ax")[5].loads()
 
 
-def test_scores_of_each_kind_of_task(recipe):
-    logits = np.array([[2.0, 1.0, 9.0], [0.0, 1.0, 9.0], [3.0, 0.0, 9.0]])
-    single = recipe.task_scores(TaskHead(2), logits, np.array([[0.0], [1.0], [1.0]]))
-    assert single == (pytest.approx(2 / 3), pytest.approx(2 / 3))
-    # Probabilities above 0.8 lie above a logit of 1.386.
-    head = TaskHead(2, "multi_label_classification", threshold=0.8)
-    labels = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
-    assert recipe.task_scores(head, logits, labels) == (pytest.approx(2 / 3), pytest.approx(0.5))
-    assert recipe.task_scores(TaskHead(1, "regression"), logits, labels) == (None, None)
+def test_f1_of_classes_and_of_labels(recipe):
+    assert recipe.class_f1(np.array([0, 1, 0]), np.array([0, 1, 1])) == pytest.approx(2 / 3)
+    found, wanted = np.array([[1, 0], [0, 0], [1, 0]]), np.array([[1, 0], [0, 0], [1, 1]])
+    assert recipe.class_f1(found, wanted) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["query"], {"query"}), (["query", "value"], {"query", "value"}), (["all-linear"], "all-linear")],
+)
+def test_adapted_linears_are_names(recipe, monkeypatch, words, expected):
+    made = []
+    monkeypatch.setattr(recipe, "AttentionFusionModel", lambda base, config: made.append(config.lora))
+    _, _, model_args, _, _, fusion, _ = parse(recipe, "--lora_target_modules", *words)
+    recipe.build_model(None, {"a": TaskHead(2)}, model_args, fusion)
+    assert (made[0].target_modules, made[0].task_type) == (expected, None)
+
+
+def test_lora_arguments_that_tasks_cannot_have_are_refused(recipe):
+    _, _, model_args, _, _, fusion, _ = parse(recipe, "--lora_modules_to_save", "pooler")
+    with pytest.raises(NotImplementedError, match="`modules_to_save` in lora"):
+        recipe.build_model(build_encoder(build_message_tokenizer()), {"a": TaskHead(2)}, model_args, fusion)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +142,7 @@ def test_scores_of_each_kind_of_task(recipe):
     [
         (["--fusion_stage", "third"], "`fusion_stage`: got third"),
         (["--fusion_cache", "true", "--fusion_level", "layer"], "`fusion_cache`: got true at level layer"),
+        (["--fusion_prune_rows", "-1"], "`fusion_prune_rows`: got -1"),
         (["--demo_few_rows", "0"], "`demo_few_rows`: got 0"),
         (["--demo_rows", "20", "--demo_few_rows", "10"], "`demo_rows`: got 20"),
         (["--dataset_name", "x.jsonl"], "both, or neither"),
