@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .multitask.collator import MultiTaskCollator
     from .multitask.config import MultiTaskConfig
     from .multitask.heads import MultiTaskHeads
+    from .multitask.labels import best_thresholds, heads_of_labels
     from .multitask.mixin import MultiTaskMixin
     from .multitask.sampler import MultiTaskSampler
     from .multitask.task_head import TaskHead
@@ -79,9 +80,11 @@ _ROOMS = {
     "TaskHead": "multitask.task_head",
     "TaskRegistry": "multitask.tasks",
     "assign_levels": "curriculum.levels",
+    "best_thresholds": "multitask.labels",
     "build_plan": "curriculum.plan",
     "cache_features": "multitask.attention_fusion",
     "export_task_adapters": "multitask.cgc_lora",
+    "heads_of_labels": "multitask.labels",
     "measure_attention": "multitask.attention_fusion",
     "score_dataset": "curriculum.dataset",
 }
@@ -118,9 +121,11 @@ __all__ = [
     "TaskRegistry",
     "__version__",
     "assign_levels",
+    "best_thresholds",
     "build_plan",
     "cache_features",
     "export_task_adapters",
+    "heads_of_labels",
     "measure_attention",
     "score_dataset",
 ]

@@ -321,6 +321,8 @@ def main(
     """Trains, reports, saves, exports."""
     set_cpu_threads(training, data.cpu_threads)
     check_output_dir(training)
+    # Experts and heads are drawn from the global generator before a trainer seeds it.
+    torch.manual_seed(training.seed)
     train = train_classifier if run.objective == "classification" else train_sft
     trainer, model = train(model_args, training, script, data, run, cgc, multitask)
     tuner = (model.backbone if isinstance(model, MultiTaskHeads) else model).base_model

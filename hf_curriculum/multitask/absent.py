@@ -256,6 +256,7 @@ def freeze_absent_tasks(optimizer: Optimizer, model: nn.Module, *, strict: bool 
             raise unsupported(
                 "freeze_absent_tasks with DeepSpeed or FSDP",
                 "the optimizer holds flattened or sharded copies, in which no task has rows of its own",
-                "Keep every task in every step (a mixed, uniform sampler), or set `weight_decay=0`.",
+                "Keep every task in every step (a mixed, uniform sampler), or set `weight_decay=0`. Where a model has "
+                "begun another stage since the optimizer was made, make a new Trainer.",
             )
     return AbsentTaskGuard(optimizer, modules, strict)

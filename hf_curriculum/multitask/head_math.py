@@ -193,7 +193,7 @@ def row_losses(
     # What is not a row's own must not reach a sum, nor a gradient: the lowest number squared is infinite.
     scores = torch.where(own, logits.float(), 0.0)
     wanted = torch.where(own & labelled[:, None], wanted, 0.0)
-    classes = torch.where(kinds == 0, labels[:, 0].long(), 0).clamp(min=0)
+    classes = torch.where((kinds == 0) & labelled, labels[:, 0].long(), 0)
     likelihood = F.cross_entropy(logits.float(), classes, reduction="none")
     binary = F.binary_cross_entropy_with_logits(scores, wanted, pos_weight=class_weights, reduction="none")
     squared = (scores - wanted).square()

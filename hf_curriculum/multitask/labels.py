@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from ..core.errors import invalid
 from .task_head import IGNORED, PROBLEM_TYPES, TaskHead
+from .tasks import TaskRegistry
 
 
 __all__ = ["best_thresholds", "check_labels", "heads_of_labels"]
@@ -64,12 +65,13 @@ def heads_of_labels(
     """
     if class_weights not in (None, "balanced"):
         raise invalid("class_weights", class_weights, "None or 'balanced'")
+    registry = TaskRegistry(names)
     found: dict[str, list[Any]] = {task: [] for task in names}
     kinds: dict[str, str] = {}
     for row, (task, label) in enumerate(zip(tasks, labels, strict=True)):
         if label is None:
             continue
-        name = task if isinstance(task, str) else names[task]
+        name = registry.name(registry.id(task))
         kind = _kind(label)
         if kind is None:
             raise invalid("labels", f"{label!r} in row {row}, of task {name}", KINDS)

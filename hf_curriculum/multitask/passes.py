@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,18 +16,21 @@ __all__ = ["CheckpointInPass", "PassState", "checkpoint_in_passes", "checkpointe
 Pass = TypeVar("Pass")
 
 
-@dataclass
-class PassState(Generic[Pass]):
+class PassState(threading.local, Generic[Pass]):
     """
-    What the layers of a model see at the moment.
+    What the layers of a model see at the moment, in each thread: a server may run several passes at once.
 
     Args:
         current (*optional*):
             What the forward pass says. `None` outside one.
     """
 
-    current: Pass | None = None
-    _outer: list[Pass | None] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self._outer: list[Pass | None] = []
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
     def enter(self) -> None:
         """Starts a pass that may set `current`; [`leave`] puts it back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, log
 from typing import Any
@@ -74,9 +74,12 @@ class TaskHead:
         if isinstance(self.num_labels, bool) or not isinstance(self.num_labels, int) or self.num_labels < least:
             raise invalid("num_labels", self.num_labels, f"an integer >= {least} for a {self.problem_type}")
         if self.id2label is not None:
-            names = tuple(self.id2label)
-            if len(names) != self.num_labels or len(set(names)) != len(names):
-                raise invalid("id2label", names, f"{self.num_labels} different names, one for each class")
+            names = () if isinstance(self.id2label, str | Mapping) else tuple(self.id2label)
+            right = len(names) == self.num_labels == len(set(names)) and all(isinstance(name, str) for name in names)
+            if not right:
+                raise invalid(
+                    "id2label", self.id2label, f"{self.num_labels} different names, in the order of their ids"
+                )
             object.__setattr__(self, "id2label", names)
         if not 0 < self.target_scale < float("inf"):
             raise invalid("target_scale", self.target_scale, "a float > 0")

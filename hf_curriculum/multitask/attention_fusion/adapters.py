@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, load_peft_weights
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ...core.console import say
 from ...core.errors import invalid, unsupported
 from ..head_files import find_head_files, read_head_files
 from ..lora_files import is_transposed, target_modules_of
@@ -44,8 +46,8 @@ class LoadedAdapter:
 
     source: str
     config: LoraConfig
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    head: dict[str, torch.Tensor] | None = None
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+    head: dict[str, torch.Tensor] | None = field(default=None, repr=False)
 
 
 def read_adapter(
@@ -75,7 +77,11 @@ def read_adapter(
         `ValueError`: for an adapter of another method or base, or a head with other labels or pooling.
         `NotImplementedError`: for one that is more than a low-rank update of linears.
     """
-    config = PeftConfig.from_pretrained(source, **kwargs)
+    try:
+        config = PeftConfig.from_pretrained(source, **kwargs)
+        tensors = load_peft_weights(source, device="cpu", **kwargs)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise invalid("adapter", f"{source}, which cannot be read ({error})", "a LoRA that PEFT wrote") from error
     check_lora_config(config, f"adapter {source}")
     theirs = config.base_model_name_or_path
     if base_name and theirs and theirs != base_name:
@@ -87,7 +93,7 @@ def read_adapter(
         )
     factors: dict[str, dict[str, torch.Tensor]] = {}
     others: dict[str, torch.Tensor] = {}
-    for key, value in load_peft_weights(source, device="cpu", **kwargs).items():
+    for key, value in tensors.items():
         name, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
         if part in ("A.weight", "B.weight"):
             factors.setdefault(name, {})[part[0]] = value
@@ -115,8 +121,8 @@ def _head_beside(
     if theirs is None:
         raise invalid("adapter", f"{source}, with heads of {', '.join(described)}", f"a head of {task}")
     found, wanted = asdict(TaskHead(**theirs)), asdict(head)
-    # Names may be left out on one side; how the loss is weighed is the model's business.
-    same = ["num_labels", "problem_type", "threshold"]
+    # Names may be left out on one side; weights in the loss and thresholds are the model's business.
+    same = ["num_labels", "problem_type"]
     if found["id2label"] and wanted["id2label"]:
         same.append("id2label")
     if wrong := [name for name in same if found[name] != wanted[name]]:
@@ -137,8 +143,8 @@ def _trained_head(
     source: str, others: Mapping[str, torch.Tensor], head: TaskHead, pooling: str
 ) -> dict[str, torch.Tensor] | None:
     """The head among the modules that PEFT trained in full; that of decoders alone reads what ours reads."""
-    modules = {name.rpartition(".")[0].rpartition(".")[2] for name in others}
-    if wrong := sorted(modules - {"score", "classifier"}):
+    heads = {"score", "classifier"}
+    if wrong := sorted({name.rpartition(".")[0] for name in others if not heads & set(name.split("."))}):
         raise unsupported(
             f"Adapter {source} with trained modules beside its LoRA ({', '.join(wrong)})",
             "tasks share all of the base but their LoRAs",
@@ -146,6 +152,8 @@ def _trained_head(
         )
     weight = next((value for name, value in others.items() if name.endswith("score.weight")), None)
     if weight is None or pooling != "last":
+        if others:
+            say(f"The head in {source} is not taken over: it reads other things than pooled hidden states do.")
         return None
     if len(weight) != head.num_labels:
         raise invalid("num_labels", head.num_labels, f"{len(weight)}, the outputs of the head in {source}")
@@ -186,6 +194,8 @@ def fit_adapter(base: PreTrainedModel, loaded: LoadedAdapter) -> dict[str, tuple
             )
         if is_read(place):
             places[place] = (down, up, lora_shape(loaded.config, name)[1])
+    if not places:
+        raise invalid("adapter", loaded.source, "one of layers that the last hidden states depend on")
     return places
 
 

@@ -103,7 +103,8 @@ class TaskAdditions:
         Adds a task behind the others, whose models and outputs stay as they are; before the Trainer is made.
 
         Train its model in stage `"tasks"` on its rows alone. It may listen to all; the others listen to it from
-        [`let_all_listen`] on, after which the fusion should be trained again.
+        [`let_all_listen`] on. Their outputs move when the fusion is trained again, on whatever rows. What tasks have
+        listened to is to be measured anew for `predict(top_k=...)`.
 
         Args:
             name (`str`):
@@ -134,7 +135,7 @@ class TaskAdditions:
         fused, own = (_grown(part, head.num_labels, model.config) for part in (model.classifier, model.own_classifier))
         model.set_heads(heads)
         model.classifier, model.own_classifier = fused, own
-        model.fusion_config = grown
+        model.fusion_config, grown.heads = grown, model.heads
         assert grown.lora is not None
         for place, layer in task_lora_layers(model.backbone):
             layer.grow()

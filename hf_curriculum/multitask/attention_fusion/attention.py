@@ -148,6 +148,8 @@ def measure_attention(
     """
     if model.stage == "tasks":
         raise invalid("stage", "tasks", "a stage with fusion", "Call `model.set_stage('fusion')`.")
+    if isinstance(rows, CachedFeatures):
+        rows.collator.check_model(model)
     data, inner = (rows.rows, rows.collator) if isinstance(rows, CachedFeatures) else (rows, collator)
     if inner is None or not len(data):
         raise invalid("rows", f"{len(data)} rows, collator {inner}", "rows, and a collator that pads them")

@@ -19,6 +19,11 @@ __all__ = ["LEVELS", "AttentionFusionConfig", "check_lora_config"]
 LEVELS = ("output", "layer")
 # What of PEFT's LoRA is more than a low-rank update of a linear, beside what PEFT marks as a variant.
 MORE = ("lora_bias", "use_qalora", "layer_replication", "target_parameters", "trainable_token_indices")
+# What lies beside the folders of tasks.
+TAKEN = (
+    *("fusion.safetensors", "fusion_config.json", "task_heads.json", "task_heads.safetensors", "readme.md"),
+    *("training_args.bin", "runs", "pooled", "hf_curriculum"),
+)
 # Starts that leave the base as it is, which all tasks share.
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 WHY = "the LoRAs of all tasks run side by side, as low-rank updates of linears and nothing else"
@@ -96,6 +101,8 @@ class AttentionFusionConfig:
             raise invalid("dropout", self.dropout, "a float in [0, 1)")
         self.heads = self._heads()
         self.task_names = list(TaskRegistry(list(self.heads)).names)
+        if taken := [name for name in self.task_names if _is_taken(name)]:
+            raise invalid("task_names", taken[0], "names other than those of files and folders beside the tasks'")
         self.num_labels = {name: head.num_labels for name, head in self.heads.items()}
         self.lora = LoraConfig(r=8, lora_alpha=16) if self.lora is None else self.lora
         check_lora_config(self.lora, "lora")
@@ -133,7 +140,8 @@ class AttentionFusionConfig:
         kept = ("level", "pooling", "fusion_dim", "num_attention_heads", "dropout")
         heads = {name: asdict(head) for name, head in (self.heads or {}).items()}
         assert self.lora is not None
-        lora = {key: sorted(value) if isinstance(value, set) else value for key, value in self.lora.to_dict().items()}
+        values = self.lora.to_dict().items()
+        lora = {key: sorted(value) if isinstance(value, set | range) else value for key, value in values}
         return {**{name: getattr(self, name) for name in kept}, "heads": heads, "lora": lora}
 
     @classmethod
@@ -154,6 +162,12 @@ class AttentionFusionConfig:
         rest = {key: value for key, value in values.items() if key not in ("heads", "lora")}
         heads = {name: TaskHead(**head) for name, head in values["heads"].items()}
         return cls(heads=heads, lora=LoraConfig.from_peft_type(**values["lora"]), **rest)
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a task's folder would have the name of what is written beside it, by the model or a trainer."""
+    folded = name.casefold()
+    return folded in TAKEN or folded.startswith("checkpoint-")
 
 
 def check_lora_config(config: object, name: str) -> None:

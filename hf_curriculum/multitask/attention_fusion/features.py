@@ -33,7 +33,7 @@ from .task_loras import task_lora_layers
 
 __all__ = ["CachedFeatures", "FeatureCollator", "cache_features", "in_batches", "models_fingerprint"]
 
-FORMAT = 1
+FORMAT = 2
 COLUMN = "pooled"
 VECTORS_NAME = "pooled.npy"
 COMPLETE_NAME = "complete.json"
@@ -192,9 +192,9 @@ def cache_features(
     """
     Runs rows through the models of all tasks once, or finds what was made of them before.
 
-    The file lies under a fingerprint of the rows, the weights of base and LoRAs, and the pooling, so that it is never
-    mistaken for another; one that was not finished is made anew. Several processes share the work and the file, on a
-    file system that all of them see. Collective.
+    The file lies under a fingerprint of the rows and how they are padded, of base and LoRAs, and of the pooling, so it
+    is never mistaken for another; one that was not finished is made anew. Several processes share the work and the
+    file, on a file system that all of them see. Collective.
 
     Args:
         model ([`AttentionFusionModel`]):
@@ -224,12 +224,15 @@ def cache_features(
         )
     if "input_ids" not in rows.column_names or not len(rows):
         raise invalid("rows", f"{len(rows)} rows of {', '.join(rows.column_names)}", "tokenised rows with `input_ids`")
+    if COLUMN in rows.column_names:
+        raise invalid("rows", f"a column `{COLUMN}`", "rows without it", "It is where the features come to stand.")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise invalid("batch_size", batch_size, "an integer >= 1")
     inputs = [name for name in rows.column_names if name in ("input_ids", "attention_mask", "token_type_ids")]
     models = models_fingerprint(model)
     digest = xxhash.xxh3_128(f"{FORMAT} {models}".encode())
     update_with_rows(digest, rows.select_columns(inputs))
+    _update_with_collator(digest, rows.select_columns(inputs), collator)
     name = digest.hexdigest()
     folder = Path(cache_dir) / f"pooled-{name}"
     shape = (len(rows), len(model.heads), model.hidden_size)
@@ -244,6 +247,15 @@ def cache_features(
         say(f"Pooled outputs of {shape[1]} task models for {shape[0]} rows ({size:.1f} MB) {how}: {folder}")
     kept = rows.remove_columns(inputs).add_column(COLUMN, [f"{name}/{row}" for row in range(len(rows))])
     return CachedFeatures(kept, FeatureCollator(Path(cache_dir), models), name, seconds)
+
+
+def _update_with_collator(digest: xxhash.xxh3_128, rows: Dataset, collator: Callable[[list[Row]], Any]) -> None:
+    """Adds what a collator makes of the shortest and the longest row: where it pads, and what it cuts."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    batch = collator([rows[int(np.argmin(lengths))], rows[int(np.argmax(lengths))]])
+    for name in sorted(batch):
+        digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+        digest.update(batch[name].numpy().tobytes())
 
 
 def _marker(shape: tuple[int, ...], models: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from ...core.errors import invalid
 from ...core.files import write_atomic
@@ -92,6 +93,7 @@ class FusionFiles:
         model = cast("AttentionFusionModel", self)
         return {
             "base_model_name_or_path": model.config._name_or_path or None,
+            "base": _shape_of(model.config),
             "stage": model.stage,
             "fused_tasks": sorted(model.fused_tasks),
             **model.fusion_config.to_dict(),
@@ -111,7 +113,7 @@ class FusionFiles:
         """
         values = _read_description(Path(folder))
         ours: dict[str, Any] = json.loads(json.dumps(self._description()))
-        for name in ("heads", "level", "pooling", "fusion_dim", "num_attention_heads", "stage"):
+        for name in ("base", "heads", "level", "pooling", "fusion_dim", "num_attention_heads", "stage"):
             if values.get(name) != ours[name] or (name == "heads" and list(values[name]) != list(ours[name])):
                 shown = list(values["heads"]) if name == "heads" else values.get(name)
                 raise invalid(
@@ -171,14 +173,19 @@ class FusionFiles:
         >>> model.predict(["where is my card?"], task="intent", processing_class=tokenizer)  # doctest: +SKIP
         ```
         """
-        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+        try:
+            folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+        except HFValidationError as error:
+            raise invalid("source", str(source), "an existing folder, or the id of a Hub repository") from error
         values = _read_description(folder)
         if base is None:
             name = values.get("base_model_name_or_path")
             if not name:
                 raise invalid("base", None, "the base model, since the folder names none")
             base = AutoModel.from_pretrained(name, **kwargs)
-        own = ("base_model_name_or_path", "stage", "fused_tasks")
+        if values.get("base") != _shape_of(base.config):
+            raise invalid("base", _shape_of(base.config), f"{values.get('base')}, as in {folder}")
+        own = ("base_model_name_or_path", "base", "stage", "fused_tasks")
         try:
             config = AttentionFusionConfig.from_dict({key: v for key, v in values.items() if key not in own})
         except (TypeError, KeyError, AttributeError) as error:
@@ -217,6 +224,13 @@ class FusionFiles:
             self.save_pretrained(folder)
             commit = api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message=commit_message)
         return str(commit)
+
+
+def _shape_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What tells bases of one family apart."""
+    text = config.get_text_config()
+    sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    return {"model_type": config.model_type, **sizes}
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

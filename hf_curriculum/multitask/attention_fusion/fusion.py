@@ -141,7 +141,7 @@ class OutputFusion(_Fusion):
         keys = F.linear(normed, self.key) + task_key
         mixed, attention = attend(queries, keys, F.linear(normed, self.value), self.num_heads, visible)
         # Under autocast the product comes in 16 bits, and the row's own vector must not lose any.
-        return own + F.linear(mixed, self.output).to(own.dtype), attention
+        return own + F.linear(mixed.to(self.output.dtype), self.output).to(own.dtype), attention
 
 
 class LayerFusion(_Fusion):
@@ -212,4 +212,4 @@ class LayerFusion(_Fusion):
         seen = None if visible is None else visible[:, None]
         mixed, attention = attend(queries, keys * scale + self.task_key, values, self.num_heads, seen)
         update = torch.bmm(own, up[tasks].mT)
-        return update + F.linear(mixed, self.output).to(update.dtype), attention
+        return update + F.linear(mixed.to(self.output.dtype), self.output).to(update.dtype), attention

@@ -6,6 +6,7 @@ Shapes: B rows, S positions, T tasks, K of them, H hidden size, C the largest nu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,10 @@ class AttentionFusionModel(FusionFiles, FusedPredictions, TaskAdditions, TaskCla
             raise invalid("config", f"a {type(config).__name__}", "an `AttentionFusionConfig`")
         heads = config.heads or {}
         super().__init__(base, heads, pooling=config.pooling or default_pooling(base), dropout=config.dropout)
-        self.fusion_config = config
+        # PEFT fills in its target modules.
+        self.fusion_config = config = copy.deepcopy(config)
+        # One and the same: a threshold that is set later is written with either.
+        config.heads = self.heads
         self.pass_state: PassState[TaskPass] = PassState()
         assert config.lora is not None
         add_task_loras(base, config.lora, self.pass_state, len(heads))
@@ -164,6 +168,9 @@ class AttentionFusionModel(FusionFiles, FusedPredictions, TaskAdditions, TaskCla
         """
         if stage not in STAGES:
             raise invalid("stage", stage, f"one of {', '.join(STAGES)}")
+        if stage == "tasks":
+            # Heads of fused outputs that no training has moved start anew later.
+            self.fused_tasks = {task for task in self.fused_tasks if self._has_fused_head(task)}
         if getattr(self, "_stage", None) == "joint" and stage != "joint":
             self.own_classifier.load_state_dict(self.classifier.state_dict())
         if stage != "tasks":
@@ -173,6 +180,11 @@ class AttentionFusionModel(FusionFiles, FusedPredictions, TaskAdditions, TaskCla
             self.fused_tasks = set(self.heads)
         self._stage = stage
         self.apply_stage()
+
+    def _has_fused_head(self, task: str) -> bool:
+        own = self.head_rows(task)
+        pairs = zip(self.classifier.parameters(), self.own_classifier.parameters())
+        return any(not torch.equal(fused[own], alone[own]) for fused, alone in pairs)
 
     def apply_stage(self) -> None:
         """Has those parameters learn that the stage names."""

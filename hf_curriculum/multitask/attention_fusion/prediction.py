@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from .model import AttentionFusionModel
 
 __all__ = ["FusedClassifierOutput", "FusedPrediction", "FusedPredictions"]
+
+
+# Tokenizers that know no limit have a number far above any.
+ENDLESS = 10**9
 
 
 @dataclass
@@ -99,7 +104,7 @@ class FusedPredictions:
             batch_size (`int`, *optional*, defaults to `32`):
                 Texts that go together, at least 1.
             max_length (`int`, *optional*):
-                Longer texts are cut to so many tokens. Defaults to what the tokenizer says.
+                Longer texts are cut to so many tokens, at least 1. Defaults to what tokenizer and base allow.
             top_k (`int`, *optional*):
                 At level `"output"`: each task listens to itself and the `top_k - 1` tasks that it has listened to most
                 ([`remember_attention`]), and no other LoRA is run. In [1, T]. All by default.
@@ -115,15 +120,24 @@ class FusedPredictions:
         model = cast("AttentionFusionModel", self)
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise invalid("texts", texts if isinstance(texts, str) else "other values", "a list of strings")
+        texts = list(texts)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise invalid("batch_size", batch_size, "an integer >= 1")
+        if max_length is not None and (isinstance(max_length, bool) or max_length < 1):
+            raise invalid("max_length", max_length, "an integer >= 1")
+        named = [] if task is None else [task] if isinstance(task, str) else list(task)
+        if unknown := [name for name in named if name not in model.heads]:
+            raise invalid("task", unknown[0], f"one of {', '.join(model.heads)}")
         ids = None if task is None else model.row_tasks(task, torch.empty(len(texts), 0)).tolist()
         kept = None if top_k is None else self.most_heard(top_k)
         if not texts:
             return []
-        truncated = {"truncation": True, "max_length": max_length} if max_length else {"truncation": True}
-        encoded = processing_class(list(texts), **truncated)
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        length = max_length or min(int(processing_class.model_max_length), most)
+        encoded = processing_class(texts, truncation=length < ENDLESS, max_length=length if length < ENDLESS else None)
         rows = [{name: values[place] for name, values in encoded.items()} for place in range(len(texts))]
+        if empty := [place for place, row in enumerate(rows) if not len(row["input_ids"])]:
+            raise invalid("texts", f"{texts[empty[0]]!r} in place {empty[0]}", "texts with a token each")
         found: list[dict[int, FusedPrediction]] = [{} for _ in texts]
         with evaluation_mode(model), torch.no_grad():
             for part in _parts([len(row["input_ids"]) for row in rows], ids, kept, batch_size):

@@ -7,7 +7,7 @@ Shapes: B rows of ids, S positions in a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -71,7 +71,6 @@ def resolve_tasks(tasks: Tasks, registry: TaskRegistry) -> TaskBatch:
     return TaskBatch(ids if ids.dim() == 2 else ids[:1], has_reserved=lowest < 0, single=lowest)
 
 
-@dataclass
 class TaskState(PassState[Mapping[str, TaskBatch]]):
     """
     The tasks that the layers of a model see at the moment, by adapter.
@@ -83,4 +82,6 @@ class TaskState(PassState[Mapping[str, TaskBatch]]):
             By adapter, the task that is being merged.
     """
 
-    merging: Mapping[str, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        super().__init__()
+        self.merging: Mapping[str, int] = {}
