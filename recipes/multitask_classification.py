@@ -1,7 +1,7 @@
 """
 Text classification on several tasks that consult one another: a LoRA and a head per task, and attention over them.
 
-    accelerate launch recipes/multitask_classification.py      # the embedded demo: no download, two minutes on CPU
+    accelerate launch recipes/multitask_classification.py      # the embedded demo: no download, a minute on CPU
     accelerate launch recipes/multitask_classification.py --config recipes/configs/multitask_classification/minilm.yaml
     accelerate launch recipes/multitask_classification.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \
         --dataset_name my.jsonl --prompt_column text --label_column label --task_column task --output_dir out
