@@ -13,10 +13,11 @@ from .tasks import generate_copies
 
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["arithmetic_beginner", "list_copier"]
+__all__ = ["arithmetic_beginner", "list_copier", "take_steps"]
 
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
@@ -76,8 +77,6 @@ def arithmetic_beginner(num_steps: int, seed: int = 0) -> tuple[LlamaForCausalLM
 def _trained(
     num_steps: int, seed: int, what: str, make_rows: Callable[[int], Dataset]
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    import torch
-
     if num_steps < 0:
         raise invalid("num_steps", num_steps, "an integer >= 0")
     tokenizer = build_tokenizer()
@@ -86,17 +85,42 @@ def _trained(
         return model, tokenizer
     say(f"Training the embedded base model to {what}, {num_steps} steps.")
     rows = make_rows(BATCH_SIZE * num_steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    for step in range(num_steps):
+
+    def loss_of(step: int) -> torch.Tensor:
         part = rows[BATCH_SIZE * step : BATCH_SIZE * (step + 1)]
         pairs = zip(part["prompt"], part["completion"], strict=True)
         batch = tokenizer([f"{p}\n{c}{tokenizer.eos_token}" for p, c in pairs], padding=True, return_tensors="pt")
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-        loss.backward()
+        loss: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+        return loss
+
+    take_steps(model, num_steps, loss_of, warmup_steps=10)
+    return model, tokenizer
+
+
+def take_steps(
+    model: PreTrainedModel, num_steps: int, loss_of: Callable[[int], torch.Tensor], warmup_steps: int
+) -> None:
+    """
+    Trains a model in full: AdamW at 2e-3 with a warm-up and linear decay, gradients clipped at norm 1.
+
+    Args:
+        model (`transformers.PreTrainedModel`):
+            The model.
+        num_steps (`int`):
+            Steps.
+        loss_of (`Callable[[int], torch.Tensor]`):
+            Loss of a step by its number, a scalar.
+        warmup_steps (`int`):
+            Steps until the learning rate is full.
+    """
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    for step in range(num_steps):
+        loss_of(step).backward()
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / 10, 1 - step / num_steps)
+            group["lr"] = LEARNING_RATE * min((step + 1) / warmup_steps, 1 - step / num_steps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model, tokenizer

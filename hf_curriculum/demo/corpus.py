@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -208,7 +209,40 @@ def vocabulary() -> list[str]:
     texts = [*NAMES, *NOUNS, *FILLERS, OPENING_LINE, ANSWER_LINE, *STEP_LINES.values()]
     texts += [text for preface in PREFACES for text in preface]
     texts += [text for kind in FAMILIES for text in (kind.opening, kind.more, kind.less, kind.question, kind.times)]
-    return sorted({piece for text in texts for piece in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", _without_fields(text))})
+    return words_of(texts)
+
+
+def words_of(texts: Iterable[str]) -> list[str]:
+    """
+    Takes texts apart.
+
+    Args:
+        texts (`Iterable[str]`):
+            The texts; fields in braces, to be filled in, do not count.
+
+    Returns:
+        `list[str]`: words and punctuation marks, sorted, each once.
+    """
+    bare = (re.sub(r"\{\w+\}", " ", text) for text in texts)
+    return sorted({piece for text in bare for piece in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", text)})
+
+
+def check_draw(num_rows: int, seed: int) -> None:
+    """
+    Refuses what no rows can be drawn by.
+
+    Args:
+        num_rows (`int`):
+            Number of rows.
+        seed (`int`):
+            Seed of the generator.
+
+    Raises:
+        `ValueError`: for a `num_rows` below 1 or a negative `seed`.
+    """
+    for name, value, least in (("num_rows", num_rows, 1), ("seed", seed, 0)):
+        if value < least:
+            raise invalid(name, value, f"an integer >= {least}")
 
 
 def generate_corpus(num_rows: int, seed: int = 0) -> Dataset:
@@ -241,10 +275,7 @@ def generate_corpus(num_rows: int, seed: int = 0) -> Dataset:
     """
     from datasets import Dataset
 
-    if num_rows < 1:
-        raise invalid("num_rows", num_rows, "an integer >= 1")
-    if seed < 0:
-        raise invalid("seed", seed, "an integer >= 0")
+    check_draw(num_rows, seed)
     rng = random.Random(seed)
     columns: dict[str, list[str | int]] = {"prompt": [], "completion": [], "grade": [], "family": []}
     for _ in range(num_rows):
@@ -320,7 +351,3 @@ def _shuffled(items: tuple[str, ...], rng: random.Random) -> Iterator[str]:
 def _num_words(text: str) -> int:
     """Counts words, digits and punctuation marks: the tokens of the demo's tokenizer."""
     return len(re.findall(r"[A-Za-z]+|[^\sA-Za-z]", text))
-
-
-def _without_fields(text: str) -> str:
-    return re.sub(r"\{\w+\}", " ", text)

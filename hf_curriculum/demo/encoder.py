@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..core.console import say
 from ..core.errors import invalid
+from .base import BATCH_SIZE, take_steps
 from .messages import draw_pairs, message_vocabulary
 from .model import MAX_LENGTH, build_tokenizer
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["build_encoder", "build_message_tokenizer", "message_reader"]
 
-BATCH_SIZE = 32
-LEARNING_RATE = 2e-3
 WARMUP_STEPS = 30
 # Of the cosine of two texts, as sentence-transformers trains its encoders (a scale of 20).
 TEMPERATURE = 0.05
@@ -106,8 +105,6 @@ def message_reader(num_steps: int, seed: int = 0) -> tuple[BertModel, PreTrained
     Raises:
         `ValueError`: for fewer than 0 steps.
     """
-    import torch
-
     if num_steps < 0:
         raise invalid("num_steps", num_steps, "an integer >= 0")
     tokenizer = build_message_tokenizer()
@@ -116,17 +113,14 @@ def message_reader(num_steps: int, seed: int = 0) -> tuple[BertModel, PreTrained
         return model, tokenizer
     say(f"Training the embedded encoder to tell which messages say the same, {num_steps} steps.")
     pairs = draw_pairs(BATCH_SIZE * num_steps, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    for step in range(num_steps):
+
+    def loss_of(step: int) -> torch.Tensor:
         texts = [message.text for pair in pairs[BATCH_SIZE * step : BATCH_SIZE * (step + 1)] for message in pair]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        _loss(hidden, batch.attention_mask).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP_STEPS, 1 - step / num_steps)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        return _loss(hidden, batch.attention_mask)
+
+    take_steps(model, num_steps, loss_of, WARMUP_STEPS)
     return model, tokenizer
 
 

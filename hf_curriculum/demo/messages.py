@@ -19,13 +19,13 @@ gained from consulting it. Labels follow from the factors, without noise.
 from __future__ import annotations
 
 import random
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..core.errors import invalid
+from .corpus import check_draw, words_of
 
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def draw_messages(num_rows: int, seed: int = 0, *, stream: str = "plain", held_o
     Raises:
         `ValueError`: for a `num_rows` below 1 or a negative `seed`.
     """
-    _check(num_rows, seed)
+    check_draw(num_rows, seed)
     # A string seeds the generator by its digest, the same on every platform and version.
     generator = random.Random(f"messages {seed} {stream} {held_out}")
     return [_on_side(held_out, None, generator) for _ in range(num_rows)]
@@ -275,7 +275,7 @@ def draw_pairs(num_rows: int, seed: int = 0) -> list[tuple[Message, Message]]:
     True
     ```
     """
-    _check(num_rows, seed)
+    check_draw(num_rows, seed)
     generator = random.Random(f"pairs of messages {seed}")
     pairs = []
     for _ in range(num_rows):
@@ -304,17 +304,7 @@ def message_vocabulary() -> list[str]:
     texts = [*NAMES, *FILLERS, *MOOD_LINES, *URGENCY_LINES, *CONTEXT_LINES]
     texts += [line for lines in WISHES.values() for line in lines]
     texts += [*TOPICS.values(), *MOODS.values(), *URGENCIES.values()]
-    return sorted({piece for text in texts for piece in re.findall(r"[A-Za-z]+|[^\sA-Za-z{}]", _without_fields(text))})
-
-
-def _without_fields(text: str) -> str:
-    return re.sub(r"\{\w+\}", " ", text)
-
-
-def _check(num_rows: int, seed: int) -> None:
-    for name, value, least in (("num_rows", num_rows, 1), ("seed", seed, 0)):
-        if value < least:
-            raise invalid(name, value, f"an integer >= {least}")
+    return words_of(texts)
 
 
 def _on_side(held_out: bool, factors: Factors | None, generator: random.Random, share: float = 1.0) -> Message:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..core.errors import invalid
-from .corpus import NAMES, NOUNS
+from .corpus import NAMES, NOUNS, check_draw
 
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def generate_tasks(num_rows: int, seed: int = 0, tasks: tuple[str, ...] = TASKS)
     ['reverse', 'last', 'kind', 'parity']
     ```
     """
-    _check(num_rows, seed)
+    check_draw(num_rows, seed)
     if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
         raise invalid("tasks", unknown if tasks else tasks, f"some of {', '.join(TASKS)}")
     # A string seeds the generator by its digest, the same on every platform and version.
@@ -90,7 +90,7 @@ def generate_copies(num_rows: int, seed: int = 0) -> Dataset:
     Raises:
         `ValueError`: for a `num_rows` below 1 or a negative `seed`.
     """
-    _check(num_rows, seed)
+    check_draw(num_rows, seed)
     generator = random.Random(f"copies {seed}")
     rows = []
     for _ in range(num_rows):
@@ -127,12 +127,6 @@ def guess_losses(labels: Iterable[Sequence[int]], tasks: Iterable[str]) -> dict[
     for row, task in zip(labels, tasks, strict=True):
         answers.setdefault(task, []).append(tuple(label for label in row if label != -100))
     return {task: math.log(len(set(rows))) * len(rows) / sum(map(len, rows)) for task, rows in answers.items()}
-
-
-def _check(num_rows: int, seed: int) -> None:
-    for name, value, least in (("num_rows", num_rows, 1), ("seed", seed, 0)):
-        if value < least:
-            raise invalid(name, value, f"an integer >= {least}")
 
 
 def _as_dataset(rows: Sequence[tuple[str | None, ...]], columns: tuple[str, ...]) -> Dataset:

@@ -16,7 +16,7 @@ from ..core.errors import invalid, unsupported
 from .tasks import TaskRegistry
 
 
-__all__ = ["ChecksModel", "MultiTaskCollator"]
+__all__ = ["ChecksModel", "MultiTaskCollator", "plain_value"]
 
 Row = dict[str, Any]
 
@@ -102,7 +102,7 @@ class MultiTaskCollator:
                 "the task of each row, by name or id",
                 "Keep the column: `MultiTaskMixin` does; elsewhere set `remove_unused_columns=False`.",
             )
-        values = [_plain(row.get(self.task_column)) for row in features]
+        values = [plain_value(row.get(self.task_column)) for row in features]
         batch = self.inner([{key: value for key, value in row.items() if key != self.task_column} for row in features])
         if "tasks" in batch:
             raise invalid("tasks", "a batch that holds `tasks` already", "a collator that leaves it to this one")
@@ -154,6 +154,6 @@ def _is_flattened(batch: dict[str, Any], num_rows: int) -> bool:
     return "attention_mask" not in batch and (num_rows > 1 or "position_ids" in batch)
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A value as Python has it: data sets with a format yield tensors and arrays."""
     return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else value

@@ -16,7 +16,7 @@ from ..core.files import write_atomic
 from .head_files import CONFIG_NAME, WEIGHTS_NAME
 
 
-__all__ = ["adapter_card", "is_transposed", "target_modules_of", "write_lora"]
+__all__ = ["adapter_card", "is_hub_id", "is_transposed", "target_modules_of", "write_lora"]
 
 # The call needs this package; the formula is for those who do without.
 HEAD_CARD = f"""
@@ -31,6 +31,11 @@ model = MultiTaskHeads.from_pretrained("path/of/this/adapter")
 model.decode(model(**inputs).logits, 0)
 ```
 """
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is an id of the Hub: its cards name a model by it, and refuse a local path."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def adapter_card(task: str, base_model: str | None, origin: str, has_head: bool = False) -> str:
@@ -50,9 +55,8 @@ def adapter_card(task: str, base_model: str | None, origin: str, has_head: bool 
     Returns:
         `str`
     """
-    # Hub cards name a model by its id; a local path there would be refused.
-    is_hub_id = base_model is not None and base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
-    front = "---\nlibrary_name: peft\n" + (f"base_model: {base_model}\n" if is_hub_id else "") + "tags:\n- lora\n---\n"
+    named = base_model is not None and is_hub_id(base_model)
+    front = "---\nlibrary_name: peft\n" + (f"base_model: {base_model}\n" if named else "") + "tags:\n- lora\n---\n"
     return (
         f"{front}\nThe task `{task}` of {origin}, as a standard LoRA adapter: "
         "`PeftModel.from_pretrained(base_model, path)` with PEFT alone.\n"

@@ -13,7 +13,7 @@ import torch
 from ..core.errors import invalid
 
 
-__all__ = ["IGNORED", "PROBLEM_TYPES", "TaskHead", "label_values", "prediction"]
+__all__ = ["IGNORED", "PROBLEM_TYPES", "TaskHead", "label_values", "prediction", "threshold_logits"]
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # What marks a label as missing, in every kind of task.
@@ -140,6 +140,21 @@ def label_values(head: TaskHead, label: Any) -> list[float]:
     return _VALUES[head.problem_type](head, label)
 
 
+def threshold_logits(head: TaskHead) -> list[float]:
+    """
+    The thresholds of a multi-label task as logits, in which 1/2 is 0 exactly; probabilities near 1 would be rounded.
+
+    Args:
+        head ([`TaskHead`]):
+            Of the task.
+
+    Returns:
+        `list[float]` of length C_t.
+    """
+    probabilities = head.threshold if isinstance(head.threshold, tuple) else (head.threshold,) * head.num_labels
+    return [log(probability / (1 - probability)) for probability in probabilities]
+
+
 def prediction(head: TaskHead, logits: torch.Tensor) -> Any:
     """
     Reads the prediction of one row.
@@ -159,10 +174,8 @@ def prediction(head: TaskHead, logits: torch.Tensor) -> Any:
     if head.problem_type == "regression":
         return own.tolist()
     if head.problem_type == "multi_label_classification":
-        probabilities = head.threshold if isinstance(head.threshold, tuple) else (head.threshold,) * head.num_labels
-        # Of logits, since probabilities near 1 are rounded; the logit of 1/2 is 0 exactly.
-        cuts = [log(probability / (1 - probability)) for probability in probabilities]
-        return [name for name, logit, cut in zip(names, own.tolist(), cuts, strict=True) if logit > cut]
+        pairs = zip(names, own.tolist(), threshold_logits(head), strict=True)
+        return [name for name, logit, cut in pairs if logit > cut]
     return names[int(own.argmax())]
 
 

@@ -3,9 +3,11 @@
 import copy
 import importlib.util
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,3 +194,26 @@ def test_names_of_classes_are_texts_in_a_row(names):
 def test_labels_of_no_task_are_refused(task):
     with pytest.raises(ValueError, match="Invalid `tasks`"):
         heads_of_labels(["a", "b"], [0, 1, task], [0, 1, 1])
+
+
+def test_what_is_pushed_is_a_folder_that_loads(monkeypatch, tmp_path):
+    pushed = {}
+
+    class Hub:
+        def __init__(self, token):
+            pushed["token"] = token
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            pushed["repo"] = (repo_id, private, exist_ok)
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / "hub")
+            return f"{repo_id}: {commit_message}"
+
+    monkeypatch.setattr("hf_curriculum.multitask.attention_fusion.files.HfApi", Hub)
+    model = twin.make()
+    assert model.push_to_hub("fused", private=True, token="t", commit_message="first") == "me/fused: first"
+    assert pushed == {"token": "t", "repo": ("fused", True, True)}
+    loaded = AttentionFusionModel.from_pretrained(tmp_path / "hub", base=twin.base_model("bert"))
+    assert torch.equal(loaded(**INPUTS, tasks=NAMES[0]).logits, model(**INPUTS, tasks=NAMES[0]).logits)

@@ -65,8 +65,7 @@ class TaskAdditions:
         if loaded.head is not None:
             self.put_head(model.own_classifier, task, loaded.head)
             self.put_head(model.classifier, task, loaded.head)
-        if model.level == "layer":
-            model.add_fusion()
+        model.add_fusion()
         model.share_start()
         model.apply_stage()
 

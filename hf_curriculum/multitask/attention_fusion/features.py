@@ -27,6 +27,7 @@ from ...core.files import write_atomic
 from ...core.fingerprint import update_with_rows
 from ...core.layouts import layout_of
 from ...core.modes import evaluation_mode
+from ..collator import plain_value
 from .model import AttentionFusionModel
 from .task_loras import task_lora_layers
 
@@ -43,8 +44,12 @@ NOT_COMPUTED = (
     *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
 )
+# Columns that go into the base.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # Columns that a batch may need; others, such as texts, are for people.
-NEEDED = ("input_ids", "attention_mask", "token_type_ids", COLUMN, "labels")
+NEEDED = (*INPUTS, COLUMN, "labels")
+FIX = "Delete the folder: the cache is then made anew."
+MIXED = "Call `cache_features` for all data sets with one model and one folder."
 
 Row = dict[str, Any]
 
@@ -106,7 +111,7 @@ class FeatureCollator:
         Returns:
             `dict[str, torch.Tensor]`: `pooled` of shape `(B, T, H)`, float32, and `labels` where the rows have them.
         """
-        rows = [{name: _plain(value) for name, value in row.items()} for row in features]
+        rows = [{name: plain_value(value) for name, value in row.items()} for row in features]
         batch = {
             name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in NEEDED and name != COLUMN
         }
@@ -228,7 +233,7 @@ def cache_features(
         raise invalid("rows", f"a column `{COLUMN}`", "rows without it", "It is where the features come to stand.")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise invalid("batch_size", batch_size, "an integer >= 1")
-    inputs = [name for name in rows.column_names if name in ("input_ids", "attention_mask", "token_type_ids")]
+    inputs = [name for name in rows.column_names if name in INPUTS]
     models = models_fingerprint(model)
     digest = xxhash.xxh3_128(f"{FORMAT} {models}".encode())
     update_with_rows(digest, rows.select_columns(inputs))
@@ -285,10 +290,6 @@ def _is_complete(folder: Path, shape: tuple[int, ...], models: str) -> bool:
     if found != wanted or there != list(shape):
         raise invalid("cache", f"{folder}, which holds {there} as {found}", f"{wanted}", FIX)
     return True
-
-
-FIX = "Delete the folder: the cache is then made anew."
-MIXED = "Call `cache_features` for all data sets with one model and one folder."
 
 
 def _make(
@@ -379,7 +380,3 @@ def models_fingerprint(model: AttentionFusionModel) -> str:
         full = layout.full(parameter, layout.local(parameter)).detach().cpu().contiguous()
         digest.update(full.view(torch.uint8).numpy().tobytes() if full.dim() else bytes(str(full.item()), "ascii"))
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor | np.ndarray | np.generic) else value

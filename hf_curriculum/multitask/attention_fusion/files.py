@@ -19,7 +19,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from ...core.errors import invalid
 from ...core.files import write_atomic
 from ..head_files import read_head_files, tensors_below, write_head_files
-from ..lora_files import adapter_card, write_lora
+from ..lora_files import adapter_card, is_hub_id, write_lora
 from .adapters import lora_config_of, lora_factors, put_adapter, read_adapter
 from .config import AttentionFusionConfig
 from .task_loras import task_lora_layers
@@ -131,7 +131,7 @@ class FusionFiles:
             model.put_head(model.own_classifier, name, loaded.head)
         _, heads = read_head_files(folder)
         # Adapters may have brought layers that have no fusion yet.
-        model.after_loading(values["fused_tasks"], values["stage"])
+        model.add_fusion()
         try:
             fusion = load_file(folder / WEIGHTS_NAME)
             model.classifier.load_state_dict(heads)
@@ -258,9 +258,9 @@ def fusion_card(model: AttentionFusionModel) -> str:
         `str`
     """
     base = model.config._name_or_path or None
-    is_hub_id = base is not None and base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    named = base is not None and is_hub_id(base)
     front = ["library_name: hf_curriculum", "pipeline_tag: text-classification", "tags:", "- lora", "- multi-task"]
-    if is_hub_id:
+    if named:
         front.insert(0, f"base_model: {base}")
     first = next(iter(model.heads))
     tasks = "\n".join(
@@ -275,7 +275,7 @@ def fusion_card(model: AttentionFusionModel) -> str:
 
 # Attention-fused LoRAs
 
-A LoRA and a head per task on one frozen base{f" (`{base}`)" if is_hub_id else ""}, and attention over {where}.
+A LoRA and a head per task on one frozen base{f" (`{base}`)" if named else ""}, and attention over {where}.
 
 {tasks}
 

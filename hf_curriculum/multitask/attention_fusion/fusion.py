@@ -94,7 +94,7 @@ class OutputFusion(_Fusion):
     residual attention as in transformers; the low rank and the vectors of tasks are our choice.
 
     Args:
-        hidden_size (`int`):
+        width (`int`):
             H.
         fusion_dim (`int`):
             k.
@@ -103,9 +103,6 @@ class OutputFusion(_Fusion):
         num_tasks (`int`):
             T.
     """
-
-    def __init__(self, hidden_size: int, fusion_dim: int, num_heads: int, num_tasks: int) -> None:
-        super().__init__(hidden_size, fusion_dim, num_heads, num_tasks)
 
     def forward(
         self,
@@ -156,7 +153,7 @@ class LayerFusion(_Fusion):
     D (r + k), and the length of u_i is that of z_i under s_i^2 B_i^T B_i.
 
     Args:
-        out_features (`int`):
+        width (`int`):
             D.
         fusion_dim (`int`):
             k.
@@ -165,9 +162,6 @@ class LayerFusion(_Fusion):
         num_tasks (`int`):
             T.
     """
-
-    def __init__(self, out_features: int, fusion_dim: int, num_heads: int, num_tasks: int) -> None:
-        super().__init__(out_features, fusion_dim, num_heads, num_tasks)
 
     def forward(
         self,

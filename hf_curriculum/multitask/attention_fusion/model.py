@@ -120,15 +120,14 @@ class AttentionFusionModel(FusionFiles, FusedPredictions, TaskAdditions, TaskCla
         self.set_stage("tasks")
 
     def add_fusion(self) -> None:
-        """Makes the fusion, or that of each adapted linear that has none yet."""
+        """Makes the fusion, or those of adapted linears, where there is none yet."""
         config = self.fusion_config
         sizes = (config.fusion_dim or 0, config.num_attention_heads or 0, len(self.heads))
         if config.level == "output":
-            self.fusion = OutputFusion(self.hidden_size, *sizes).to(self.classifier.weight)
+            self.fusion = self.fusion or OutputFusion(self.hidden_size, *sizes).to(self.classifier.weight)
             return
         for _, layer in task_lora_layers(self.backbone):
-            if layer.fusion is None:
-                layer.fusion = LayerFusion(layer.lora_B.shape[1], *sizes).to(layer.lora_B)
+            layer.fusion = layer.fusion or LayerFusion(layer.out_features, *sizes).to(layer.lora_B)
 
     def share_start(self) -> None:
         """Finds the first adapted block anew."""
@@ -386,7 +385,5 @@ class AttentionFusionModel(FusionFiles, FusedPredictions, TaskAdditions, TaskCla
         self.fused_tasks = set(fused_tasks)
         self._sees_all = bool(self.sees.all())
         self._stage = stage
-        if self.level == "layer":
-            self.add_fusion()
         self.share_start()
         self.apply_stage()

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PredictionOutput
 from ...core.console import say, show_table
 from ...core.errors import invalid
 from ...core.order import seeded_order
-from ..task_head import IGNORED, TaskHead, label_values
+from ..task_head import IGNORED, TaskHead, label_values, threshold_logits
 from ..task_texts import TaskTexts
 from .model import AttentionFusionModel
 
@@ -87,9 +87,7 @@ def class_decisions(head: TaskHead, logits: np.ndarray, labels: np.ndarray) -> t
     own = logits[:, : head.num_labels]
     if head.problem_type == "single_label_classification":
         return own.argmax(axis=1), labels[:, 0].astype(np.int64)
-    threshold = np.asarray(head.threshold)
-    # Of logits, since probabilities near 1 are rounded.
-    found = (own > np.log(threshold / (1 - threshold))).astype(np.int64)
+    found = (own > np.array(threshold_logits(head))).astype(np.int64)
     return found, labels[:, : head.num_labels].astype(np.int64)
 
 

@@ -48,6 +48,10 @@ class TaskLoras(nn.Module):
             Dropout on the input of the LoRAs, in [0, 1).
 
     Attributes:
+        in_features (`int`):
+            I.
+        out_features (`int`):
+            D.
         ranks (`list[int]` of length T):
             Rank of each task's LoRA; 0 for a task that does not adapt this layer.
         scalings (`list[float]` of length T):
@@ -60,14 +64,15 @@ class TaskLoras(nn.Module):
         self, base_layer: nn.Module, state: PassState[TaskPass], num_tasks: int, rank: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        in_features, out_features = linear_shape(base_layer)
+        # Numbers of their own: of weights that are partitioned (ZeRO-3) no shape is to be read.
+        self.in_features, self.out_features = linear_shape(base_layer)
         self.base_layer = base_layer
         self.state = state
         weight = next(base_layer.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         options: dict[str, Any] = {"dtype": dtype, "device": weight.device}
-        self.lora_A = nn.Parameter(torch.zeros(num_tasks, rank, in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(num_tasks, out_features, rank, **options))
+        self.lora_A = nn.Parameter(torch.zeros(num_tasks, rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(num_tasks, self.out_features, rank, **options))
         self.register_buffer("scaling", torch.zeros(num_tasks, **options), persistent=False)
         self.ranks = [0] * num_tasks
         self.scalings = [0.0] * num_tasks
@@ -86,16 +91,6 @@ class TaskLoras(nn.Module):
         """Bias of the layer."""
         return cast("torch.Tensor | None", self.base_layer.bias)
 
-    @property
-    def in_features(self) -> int:
-        """I."""
-        return self.lora_A.shape[2]
-
-    @property
-    def out_features(self) -> int:
-        """D."""
-        return self.lora_B.shape[1]
-
     @torch.no_grad()
     def start(self, task: int, rank: int, scaling: float, gaussian: bool = False) -> None:
         """
@@ -111,12 +106,12 @@ class TaskLoras(nn.Module):
             gaussian (`bool`, *optional*, defaults to `False`):
                 Draw A from a normal distribution of deviation 1 / rank, not as in `nn.Linear`.
         """
-        down = torch.empty(rank, self.lora_A.shape[2])
+        down = torch.empty(rank, self.in_features)
         if gaussian:
             nn.init.normal_(down, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.put(task, down, torch.zeros(self.lora_B.shape[1], rank), scaling)
+        self.put(task, down, torch.zeros(self.out_features, rank), scaling)
 
     @torch.no_grad()
     def put(self, task: int, down: torch.Tensor, up: torch.Tensor, scaling: float) -> None:
