@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(RUN) python -m pytest
 STAMPS = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-multitask demo-classification demo-layerwise test fast matrix-layerwise matrix-fusion quality format clean
+.PHONY: help install demo demo-multitask demo-classification demo-layerwise test fast matrix-layerwise matrix-fusion matrix-together quality format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -44,6 +44,9 @@ matrix-layerwise: $(STAMPS)-test  ## layer freezing under every backend, method 
 
 matrix-fusion: $(STAMPS)-test  ## attention fusion under every backend, level and stage
 	@$(PYTEST) -n 2 --dist worksteal -m matrix tests/multitask
+
+matrix-together: $(STAMPS)-test  ## order, memory, place and sharing in one run, under every backend
+	@$(PYTEST) -n 2 --dist worksteal -m matrix tests/test_together.py
 
 quality: $(STAMPS)-dev  ## ruff check, ruff format --check, mypy
 	@$(RUN) ruff check .

@@ -42,6 +42,7 @@ def check_resumed(launch, tmp_path, num_processes, config, kills, *options):
             assert outcome(resumed, key) == outcome(whole, key), (step, key)
 
 
+# Beside a curriculum and a teacher: tests/test_together.py.
 # A window ends at steps 6, 10, 14 and 18, and a checkpoint is written every 5 steps: after 13 the last one was written
 # at a decision, after 17 between two.
 @pytest.mark.parametrize(
@@ -49,8 +50,6 @@ def check_resumed(launch, tmp_path, num_processes, config, kills, *options):
     [
         pytest.param(1, None, (13, 17), (), id="one-process"),
         pytest.param(1, None, (17,), ("--lora",), id="one-process-lora"),
-        pytest.param(1, None, (17,), ("--trainer", "curriculum", "--lora"), id="one-process-curriculum-lora"),
-        pytest.param(2, None, (17,), ("--trainer", "curriculum"), id="ddp-curriculum"),
         pytest.param(2, "zero2.yaml", (17,), ("--attach",), id="zero-2"),
         pytest.param(2, "zero2.yaml", (17,), ("--attach", "--lora"), id="zero-2-lora"),
         pytest.param(2, "zero3.yaml", (17,), ("--attach",), id="zero-3"),
