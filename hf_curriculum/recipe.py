@@ -1,4 +1,4 @@
-"""What the recipe scripts share: arguments made from configs, CPU defaults, data from anywhere, the output folder."""
+"""What the recipe scripts share: arguments made from configs, CPU defaults, the output folder."""
 
 import os
 from collections.abc import Sequence
@@ -8,14 +8,12 @@ from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from .core.console import say
 from .core.distributed import on_main_process
-from .core.errors import invalid, unsupported
-from .core.order import seeded_order
+from .core.errors import invalid
 from .core.state import list_checkpoints
 
 
@@ -24,19 +22,14 @@ __all__ = [
     "check_output_dir",
     "command_line",
     "config_from_arguments",
-    "hold_out",
-    "load_splits",
     "named_model",
     "prefixed_arguments",
     "resume_argument",
     "set_cpu_defaults",
     "set_cpu_threads",
-    "to_prompt_completion",
 ]
 
 T = TypeVar("T")
-
-FILE_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -262,139 +255,3 @@ def resume_argument(args: TrainingArguments) -> str | bool | None:
     value = args.resume_from_checkpoint
     words = {"true": True, "1": True, "false": None, "0": None, "none": None}
     return words.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def load_splits(arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
-    """
-    Loads training and evaluation rows from a Hub id, a file, a folder of files or a saved data set.
-
-    Args:
-        arguments ([`~trl.ScriptArguments`]):
-            Read: `dataset_name`, `dataset_config`, `dataset_train_split` and `dataset_test_split` (slices like
-            `train[:2000]` work, except of saved data sets; a single file has no test split), `dataset_streaming`.
-
-    Returns:
-        `tuple[Dataset, Dataset | None]`: training rows, and evaluation rows if the data has that split.
-
-    Raises:
-        `ValueError`: for a path that does not exist, a file of unknown kind, or a missing training split.
-        `NotImplementedError`: for streaming.
-    """
-    if arguments.dataset_streaming:
-        why = "rows must be scored and ordered before training, and a stream has neither length nor random access"
-        raise unsupported("`dataset_streaming`", why, "Leave it unset.")
-    path = Path(str(arguments.dataset_name))
-    if path.is_dir() and (path / "dataset_dict.json").is_file():
-        return _from_saved(load_from_disk(str(path)), arguments)
-    if path.is_dir() and (path / "state.json").is_file():
-        if arguments.dataset_train_split != "train":
-            expected = "train: a saved data set has no splits"
-            raise invalid("dataset_train_split", arguments.dataset_train_split, expected)
-        return load_from_disk(str(path)), None
-    options = _loading_options(str(arguments.dataset_name), arguments.dataset_config)
-    train = load_dataset(**options, split=arguments.dataset_train_split)
-    if path.is_file():
-        return train, None
-    try:
-        return train, load_dataset(**options, split=arguments.dataset_test_split)
-    except ValueError as error:
-        # `datasets` has no other way to say that a split does not exist.
-        if "Unknown split" not in str(error):
-            raise
-        say(f"The data has no split `{arguments.dataset_test_split}`.")
-        return train, None
-
-
-def _loading_options(name: str, config: str | None) -> dict[str, Any]:
-    """Arguments of `load_dataset` for a file, a folder or a Hub id."""
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in FILE_BUILDERS:
-            raise invalid("dataset_name", name, f"a file ending in {', '.join(FILE_BUILDERS)}")
-        if path.stat().st_size == 0:
-            raise invalid("dataset_name", f"{name}, which is empty", "a file with rows")
-        return {"path": FILE_BUILDERS[path.suffix], "data_files": {"train": name}}
-    if not path.exists() and (path.suffix in FILE_BUILDERS or name.startswith((".", "/", "~"))):
-        raise invalid("dataset_name", name, "a file or folder that exists, or a Hub id", f"Looked in {Path.cwd()}.")
-    return {"path": name, "name": config}
-
-
-def _from_saved(saved: DatasetDict, arguments: ScriptArguments) -> tuple[Dataset, Dataset | None]:
-    if arguments.dataset_train_split not in saved:
-        known = f"one of the saved splits: {', '.join(saved)}"
-        raise invalid("dataset_train_split", arguments.dataset_train_split, known)
-    return saved[arguments.dataset_train_split], saved.get(arguments.dataset_test_split)
-
-
-def hold_out(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """
-    Sets rows aside for evaluation, at random, before anything has learned from them.
-
-    Args:
-        rows ([`~datasets.Dataset`] of N rows):
-            The rows.
-        fraction (`float`):
-            Share to hold out, in [0, 1).
-        seed (`int`):
-            Seed of the choice.
-
-    Returns:
-        `tuple[Dataset, Dataset | None]`: the rest and the held-out rows, each in their old order; None for none.
-    """
-    count = round(fraction * len(rows))
-    if count == 0:
-        return rows, None
-    if count == len(rows):
-        raise invalid("eval_fraction", fraction, f"a share that leaves some of the {len(rows)} rows to train on")
-    order = seeded_order(len(rows), seed, 0)
-    return rows.select(sorted(order[count:].tolist())), rows.select(sorted(order[:count].tolist()))
-
-
-def to_prompt_completion(rows: Dataset, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """
-    Reads prompt and completion from the named columns.
-
-    With a chat template each row becomes a message of the user and one of the assistant; without one, the separator
-    ends the prompt. Rows that are conversations, plain text or tokens already stay as they are.
-
-    Args:
-        rows ([`~datasets.Dataset`]):
-            The rows.
-        data ([`DataArguments`]):
-            Columns and separator.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-
-    Returns:
-        [`~datasets.Dataset`]: the same rows in the same order, with `prompt` and `completion`, and all other columns.
-
-    Raises:
-        `ValueError`: if the columns are missing and the rows are of no other known kind.
-    """
-    names = (data.prompt_column, data.completion_column)
-    if any(name not in rows.column_names for name in names):
-        if {"messages", "text", "input_ids"} & set(rows.column_names) and names == ("prompt", "completion"):
-            return rows
-        raise invalid(
-            "prompt_column and completion_column",
-            ", ".join(names),
-            f"columns of the data set, which has {', '.join(rows.column_names)}",
-        )
-    if not isinstance(rows[0][data.prompt_column], str):
-        return rows.rename_columns({old: new for old, new in zip(names, ("prompt", "completion")) if old != new})
-
-    def as_messages(prompt: str, completion: str) -> dict[str, Any]:
-        return {
-            "prompt": [{"role": "user", "content": prompt}],
-            "completion": [{"role": "assistant", "content": completion}],
-        }
-
-    def as_text(prompt: str, completion: str) -> dict[str, Any]:
-        return {"prompt": prompt + data.prompt_separator, "completion": completion}
-
-    return rows.map(
-        as_messages if tokenizer.chat_template else as_text,
-        input_columns=list(names),
-        remove_columns=list(names),
-        desc="Reading prompts and completions",
-    )

@@ -40,23 +40,22 @@ from hf_curriculum.demo.tasks import LABEL_TASKS, TASKS, generate_tasks, guess_l
 from hf_curriculum.multitask.cgc_lora import CGCLoraConfig, CGCLoraModel, export_task_adapters
 from hf_curriculum.multitask.config import MultiTaskConfig
 from hf_curriculum.multitask.heads import MultiTaskHeads
-from hf_curriculum.multitask.labels import heads_of_labels
+from hf_curriculum.multitask.lengths import longest_row
 from hf_curriculum.multitask.mixin import MultiTaskMixin
-from hf_curriculum.multitask.rows import inferred_names
+from hf_curriculum.multitask.rows import inferred_names, task_groups, with_task_names
+from hf_curriculum.multitask.task_texts import TaskTexts, heads_of_splits
 from hf_curriculum.recipe import (
     DataArguments,
     check_output_dir,
     command_line,
     config_from_arguments,
-    hold_out,
-    load_splits,
     named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
     set_cpu_threads,
-    to_prompt_completion,
 )
+from hf_curriculum.recipe_data import hold_out, load_splits, to_prompt_completion
 from hf_curriculum.trainers import MultiTaskSFTTrainer, MultiTaskTrainer
 
 
@@ -73,6 +72,9 @@ class RunArguments:
     )
     task_column: str = field(default="task", metadata={"help": "Column with the task of each row, by name or id."})
     label_column: str = field(default="label", metadata={"help": "Column with the label, for classification."})
+    regression_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks whose whole numbers are no classes, for classification."}
+    )
     classification_pooling: str = field(
         default="mean", metadata={"help": "What of a row is classified: `cls`, `mean`, or `last` for decoders."}
     )
@@ -144,7 +146,10 @@ def load_data(
         raise invalid(
             "task_column", run.task_column, f"a column of the data, which has {', '.join(train.column_names)}"
         )
-    return hold_out(train, data.eval_fraction, training.seed) if test is None else (train, test)
+    train, test = (with_task_names(rows, run.task_column) for rows in (train, test))
+    if test is not None:
+        return train, test
+    return hold_out(train, data.eval_fraction, training.seed, task_groups(train, run.task_column))
 
 
 # Text to text
@@ -227,11 +232,16 @@ def train_classifier(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     adapted = get_peft_model(backbone, adapter_config(cgc, model_args, tasks, None, None))
-    heads = heads_of_labels(tasks, train[run.task_column][:], train[run.label_column][:])
+    labelled = [None if rows is None else TaskTexts([], rows[run.task_column][:], rows[run.label_column][:])
+                for rows in (train, test)]  # fmt: skip
+    heads = heads_of_splits(tasks, *labelled, regression_tasks=run.regression_tasks or ())
     model = MultiTaskHeads(adapted, heads, pooling=run.classification_pooling)
 
+    limits = [limit for limit in (training.max_length, longest_row(backbone, tokenizer)) if limit is not None]
+    length = min(limits, default=None)
+
     def encode(text: str, label: Any, task: str | int) -> dict[str, Any]:
-        ids = tokenizer(text, truncation=training.max_length is not None, max_length=training.max_length)
+        ids = tokenizer(text, truncation=length is not None, max_length=length)
         return {"input_ids": ids.input_ids, "labels": model.encode_label(task, label), run.task_column: task}
 
     def encoded(rows: Dataset) -> Dataset:

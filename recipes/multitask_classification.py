@@ -47,7 +47,7 @@ from hf_curriculum.demo.messages import generate_messages
 from hf_curriculum.multitask.attention_fusion import cache_features, measure_attention
 from hf_curriculum.multitask.attention_fusion.files import CONFIG_NAME
 from hf_curriculum.multitask.attention_fusion.report import show_examples, show_pruning, show_scores
-from hf_curriculum.multitask.rows import inferred_names
+from hf_curriculum.multitask.rows import inferred_names, task_groups
 from hf_curriculum.multitask.task_head import TaskHead
 from hf_curriculum.multitask.task_texts import TaskTexts, heads_of_splits, read_texts, several_label_tasks
 from hf_curriculum.recipe import (
@@ -55,14 +55,13 @@ from hf_curriculum.recipe import (
     check_output_dir,
     command_line,
     config_from_arguments,
-    hold_out,
-    load_splits,
     named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
     set_cpu_threads,
 )
+from hf_curriculum.recipe_data import hold_out, load_splits
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "multitask_classification" / "demo.yaml"
@@ -80,6 +79,9 @@ class LabelArguments:
     )
     label_separator: str = field(default=",", metadata={"help": "Between the labels of a row, where they are texts."})
     multi_label_threshold: float = field(default=0.5, metadata={"help": "Probability above which a class applies."})
+    regression_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks whose whole numbers are no classes."}
+    )
     class_weights: str | None = field(default=None, metadata={"help": "`balanced`: classes count alike in the loss."})
     demo_few_rows: int = field(default=160, metadata={"help": "Rows of each of the demo's two tasks with few rows."})
     demo_held_out_rows: int = field(default=300, metadata={"help": "Rows of each of the demo's tasks to evaluate on."})
@@ -158,11 +160,12 @@ def load_data(
         held_out = generate_messages(ours.demo_held_out_rows, seed=training.seed, held_out=True)
         return generate_messages(rows, seed=training.seed), held_out
     train, test = load_splits(script)
-    for column in (data.prompt_column, ours.task_column, ours.label_column):
-        if column not in train.column_names:
-            expected = f"columns of the data, which has {', '.join(train.column_names)}"
-            raise invalid("prompt_column, task_column and label_column", column, expected)
-    return hold_out(train, data.eval_fraction, training.seed) if test is None else (train, test)
+    columns = (data.prompt_column, ours.task_column, ours.label_column)
+    if missing := [column for column in columns if column not in train.column_names]:
+        expected = f"columns of the data, which has {', '.join(train.column_names)}"
+        raise invalid("prompt_column, task_column and label_column", missing[0], expected)
+    groups = task_groups(train, ours.task_column)
+    return (train, test) if test is not None else hold_out(train, data.eval_fraction, training.seed, groups)
 
 
 def read_splits(
@@ -178,8 +181,8 @@ def read_splits(
     options = {"multi_label_tasks": several, "separator": ours.label_separator}
     texts = read_texts(train, names, columns, name="train_dataset", **options)
     held_out = None if test is None else read_texts(test, names, columns, name="eval_dataset", **options)
-    weights = {"class_weights": ours.class_weights, "threshold": ours.multi_label_threshold}
-    return texts, held_out, heads_of_splits(names, texts, held_out, **weights)
+    kinds = {"class_weights": ours.class_weights, "regression_tasks": ours.regression_tasks or ()}
+    return texts, held_out, heads_of_splits(names, texts, held_out, threshold=ours.multi_label_threshold, **kinds)
 
 
 def load_base(
@@ -191,10 +194,8 @@ def load_base(
     name, tokenizer = named
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    kept = {
-        "trust_remote_code": training.trust_remote_code,
-        "quantization_config": get_quantization_config(model_args),
-    }
+    quantization = get_quantization_config(model_args)
+    kept = {"trust_remote_code": training.trust_remote_code, "quantization_config": quantization}
     return AutoModel.from_pretrained(name, **(kept | training.model_init_kwargs)), tokenizer
 
 

@@ -36,15 +36,13 @@ from hf_curriculum.recipe import (
     check_output_dir,
     command_line,
     config_from_arguments,
-    hold_out,
-    load_splits,
     named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
     set_cpu_threads,
-    to_prompt_completion,
 )
+from hf_curriculum.recipe_data import hold_out, load_splits, to_prompt_completion
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "sft_curriculum" / "demo.yaml"
@@ -64,7 +62,7 @@ class RunArguments:
     distillation_compare: bool | None = field(
         default=None,
         metadata={
-            "help": "Train without the teacher first, in `<output_dir>/without_teacher`, and show both in one table. "
+            "help": "Train without the teacher first, in `<output_dir>/_without_teacher`, and show both in one table. "
             "None: in the demo, where that can be done."
         },
     )
@@ -179,7 +177,7 @@ def is_compared(
     elif training.deepspeed_plugin is not None:
         problem = "under DeepSpeed, where a process trains once", "Train a second time without the teacher."
     elif resume_argument(training):
-        fix = "The run without the teacher is that of the interrupted one: see its record in `without_teacher`."
+        fix = "The run without the teacher is that of the interrupted one: see its record in `_without_teacher`."
         problem = "in a resumed run", fix
     if run.distillation_compare and problem is not None:
         when, fix = problem
@@ -215,9 +213,9 @@ def main(
         return
     train, test = (None if rows is None else to_prompt_completion(rows, data, tokenizer) for rows in (train, test))
 
-    def build_trainer(teacher: DistillationConfig, output_dir: str) -> CurriculumSFTTrainer:
+    def build_trainer(teacher: DistillationConfig, output_dir: str, push_to_hub: bool) -> CurriculumSFTTrainer:
         args = copy.copy(training)
-        args.output_dir = output_dir
+        args.output_dir, args.push_to_hub = output_dir, push_to_hub
         return CurriculumSFTTrainer(
             model=model if isinstance(model, str) else copy.deepcopy(model),
             args=args,
@@ -232,11 +230,12 @@ def main(
 
     without = None
     if compared:
-        without = build_trainer(DistillationConfig(teacher="none"), f"{training.output_dir}/without_teacher")
+        # With an underscore, so that the other trainer does not push it to the Hub with the rest of the folder.
+        without = build_trainer(DistillationConfig(teacher="none"), f"{training.output_dir}/_without_teacher", False)
         say("First without the teacher:")
         without.train()
         say("Now with the teacher:")
-    trainer = build_trainer(distillation, training.output_dir)
+    trainer = build_trainer(distillation, training.output_dir, training.push_to_hub)
     trainer.train(resume_from_checkpoint=resume_argument(training))
     if without is not None:
         show_teacher_effect(without, trainer)

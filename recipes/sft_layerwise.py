@@ -43,15 +43,13 @@ from hf_curriculum.recipe import (
     check_output_dir,
     command_line,
     config_from_arguments,
-    hold_out,
-    load_splits,
     named_model,
     prefixed_arguments,
     resume_argument,
     set_cpu_defaults,
     set_cpu_threads,
-    to_prompt_completion,
 )
+from hf_curriculum.recipe_data import hold_out, load_splits, to_prompt_completion
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "sft_layerwise" / "demo.yaml"

@@ -6,6 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_curriculum import __version__, cli
+from hf_curriculum.commands import attention as attention_command
+from hf_curriculum.commands import export as export_command
 from hf_curriculum.core.records import RunRecord
 from hf_curriculum.demo.corpus import generate_corpus
 from hf_curriculum.demo.model import build_model, build_tokenizer
@@ -106,7 +108,7 @@ def test_missing_model_is_refused(folders, capsys):
 
 def test_missing_matplotlib_is_told_before_a_model_runs(folders, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(attention_command, "_measure", lambda *_: pytest.fail("a model was loaded"))
     assert attention(folders) == 1
     assert 'pip install "hf_curriculum[plots]"' in capsys.readouterr().err
 
@@ -186,7 +188,7 @@ def test_bad_exports_are_one_line_and_leave_nothing(cgc_adapter, folders, tmp_pa
 
 
 def test_export_over_something_is_refused_before_anything_is_loaded(cgc_adapter, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load_adapted_base", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(export_command, "_load_adapted_base", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "export").mkdir()
     assert cli.main(["export", str(cgc_adapter), "export"]) == 1
     assert "Invalid `output`: got export, expected a folder that does not exist" in capsys.readouterr().err
@@ -206,7 +208,7 @@ def test_fault_of_ours_is_not_hidden(folders, monkeypatch):
     def broken(*_):
         raise KeyError("ours")
 
-    monkeypatch.setattr(cli, "_measure", broken)
+    monkeypatch.setattr(attention_command, "_measure", broken)
     with pytest.raises(KeyError):
         attention(folders, "--no_plots")
 

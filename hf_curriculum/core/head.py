@@ -13,12 +13,13 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import unwrap_peft_model
 
 from .errors import unsupported
 
 
-__all__ = ["CausalLMHead", "LabelledPositions", "causal_lm_head", "gather_labelled", "token_nll"]
+__all__ = ["CausalLMHead", "LabelledPositions", "causal_lm_head", "gather_labelled", "is_causal_lm", "token_nll"]
 
 # Elements of one chunk of logits. 2^24 float32 values are 64 MB: large enough for an efficient GEMM at any vocabulary,
 # small beside the activations of one batch. Our choice, measured in benchmarks/scoring.py.
@@ -39,7 +40,8 @@ class CausalLMHead:
         logit_scale (`float`):
             Factor on the raw logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`, ...).
         softcap (`float`, *optional*):
-            Gemma's `final_logit_softcapping` c: logits become c * tanh(logits / c), after the scale.
+            Gemma's `final_logit_softcapping` c (`logits_soft_cap`, `output_logit_soft_cap` elsewhere): logits become
+            c * tanh(logits / c), after the scale.
     """
 
     backbone: nn.Module
@@ -96,6 +98,27 @@ def _logit_scale(config: object) -> float:
     return 1.0
 
 
+def _softcap(config: object) -> float | None:
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((value for name in names if (value := getattr(config, name, None))), None)
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """
+    Whether the class of a model is one of transformers' causal language models.
+
+    GPT-2 and its time name no `loss_type`, by which the Trainer tells.
+
+    Args:
+        model (`nn.Module`):
+            The model, maybe with adapters.
+
+    Returns:
+        `bool`
+    """
+    return type(unwrap_peft_model(model)).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
 def causal_lm_head(model: nn.Module) -> CausalLMHead:
     """
     Cuts a causal language model into backbone and head.
@@ -129,7 +152,7 @@ def causal_lm_head(model: nn.Module) -> CausalLMHead:
         backbone=base.base_model,
         projection=base.get_output_embeddings(),
         logit_scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=_softcap(config),
     )
 
 

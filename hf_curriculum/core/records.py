@@ -63,7 +63,7 @@ class RunRecord:
 
     def rewind(self, event: str, step: int) -> None:
         """
-        Drops what a new or resumed run of a plain Trainer does again; our trainers have done so for all events.
+        Drops what a new or resumed run does again, of a plain Trainer; our trainers have done so for all events.
 
         Args:
             event (`str`):
@@ -71,10 +71,8 @@ class RunRecord:
             step (`int`):
                 Optimizer steps done: later lines go, and all of them in a new run.
         """
-        if self.enabled and self.path.is_file() and self.run_id is None:
-            self._write(
-                [line for line in self.read() if line["event"] != event or 0 < step >= line["step"]]
-            )  # fmt: skip
+        if self.enabled and self.path.is_file():
+            self._write([line for line in self.read() if line["event"] != event or 0 < step >= line["step"]])
 
     def append(self, event: str, step: int, **values: Any) -> None:
         """

@@ -1,7 +1,7 @@
 """What all our trainers share: the launch check, the run record, and checkpoints that can be resumed exactly."""
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from uuid import uuid4
@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from .console import say
 from .distributed import check_launch, on_main_process
 from .errors import invalid, unsupported
+from .head import is_causal_lm
 from .records import RunRecord
 from .sampler import RunSampler
 from .stages import Stage
@@ -35,39 +36,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
-__all__ = ["RunEvents", "RunMixin", "RunPart", "bind_trainer_arguments"]
-
-
-def bind_trainer_arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """
-    Names the positional arguments of a Trainer class.
-
-    Keyword-only arguments of the mixins that stand before it are passed on as they are.
-
-    Args:
-        cls (`type`):
-            The class being built; the first `__init__` in its bases with a `train_dataset` counts.
-        args (`tuple`):
-            Positional arguments.
-        kwargs (`dict[str, Any]`):
-            Keyword arguments.
-
-    Returns:
-        `dict[str, Any]`: all of them by name.
-
-    Raises:
-        `TypeError`: for an argument that neither the Trainer class nor a mixin before it has.
-    """
-    of_mixins: set[str] = set()
-    for base in cls.__mro__:
-        signature = inspect.signature(vars(base).get("__init__", object.__init__))
-        if "train_dataset" in signature.parameters:
-            passed_on = {name: value for name, value in kwargs.items() if name in of_mixins}
-            rest = {name: value for name, value in kwargs.items() if name not in of_mixins}
-            named = dict(list(signature.bind(None, *args, **rest).arguments.items())[1:])
-            return {**named, **named.pop("kwargs", {}), **passed_on}
-        of_mixins |= {name for name, item in signature.parameters.items() if item.kind is item.KEYWORD_ONLY}
-    raise invalid("bases", cls.__name__, "a class with a `transformers.Trainer` among its bases")
+__all__ = ["RunEvents", "RunMixin", "RunPart"]
 
 
 class RunEvents(TrainerCallback):
@@ -116,9 +85,10 @@ class RunEvents(TrainerCallback):
 @runtime_checkable
 class RunPart(Protocol):
     """
-    What a callback offers to be a part of our trainers: two methods, both called on every rank.
+    What a callback offers to be a part of our trainers: methods that are called on every rank.
 
-    It is attached when the trainer is built, and what it writes is inside the checkpoint when that is closed.
+    It is attached when the trainer is built, what it writes is inside the checkpoint when that is closed, and it
+    releases the model when training breaks off.
     """
 
     def attach(self, trainer: "Trainer") -> None:
@@ -126,6 +96,9 @@ class RunPart(Protocol):
 
     def write_run_files(self, folder: Path) -> None:
         """Writes what a checkpoint must hold beside JSON values into its folder."""
+
+    def release(self) -> None:
+        """Takes off the model what it put on, after an error or Ctrl-C."""
 
 
 class RunMixin(Trainer):
@@ -167,6 +140,20 @@ class RunMixin(Trainer):
 
     def _check_stages(self, stages: Sequence[Stage]) -> None:
         """Refuses a run with these stages. Called once before anything is measured, if there will be stages."""
+
+    @property
+    def _shifts_labels(self) -> bool:
+        """Whether the model's own loss holds each position against the label of the next."""
+        return self._loss_shifts_labels or is_causal_lm(self.model)
+
+    @contextmanager
+    def _every_row(self) -> Iterator[None]:
+        """Lets loaders that are built inside keep their last batch: `dataloader_drop_last` is meant for training."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = dropping
 
     @property
     def stages(self) -> Sequence[Stage]:
@@ -316,10 +303,15 @@ class RunMixin(Trainer):
             state = read_checkpoint_state(checkpoint)
             self._restore_run_state(state)
             self.record.resume(self._run_id, state["run"]["step"])
-        return super().train(
-            resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
-            ignore_keys_for_eval=ignore_keys_for_eval,
-        )
+        try:
+            return super().train(
+                resume_from_checkpoint=None if checkpoint is None else str(checkpoint),
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
+        except BaseException:
+            for part in self._parts():
+                part.release()
+            raise
 
     def _find_checkpoint(self, requested: str | bool | None) -> Path | None:
         """The checkpoint to resume from, complete; None for a new run."""

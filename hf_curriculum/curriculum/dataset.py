@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -22,7 +23,7 @@ from .difficulty import DifficultyScorer
 from .measurement import measure_difficulty
 
 
-__all__ = ["add_sample_ids", "check_dataset", "score_dataset"]
+__all__ = ["add_sample_ids", "check_dataset", "score_dataset", "with_features"]
 
 ROW = "_hf_curriculum_row"
 
@@ -103,6 +104,12 @@ def score_dataset(
         given = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         options: dict[str, Any] = {"device_map": None, "trust_remote_code": args.trust_remote_code, **given}
         model = create_model_from_path(model, **options)
+    if getattr(model, "loss_type", None) == "ForSequenceClassification":
+        raise unsupported(
+            f"`score_dataset` with {type(model).__name__}",
+            "rows are prepared for a language model",
+            "Tokenise them and give them to `CurriculumTrainer`, which scores with a classifier.",
+        )
     if held_out is not None and (len(held_out) != len(dataset) or all(held_out)):
         got = f"{len(held_out)} values, {sum(map(bool, held_out))} of them True"
         raise invalid("held_out", got, f"one value for each of {len(dataset)} rows, not all of them True")
@@ -185,6 +192,43 @@ def add_sample_ids(dataset: Dataset) -> Dataset:
         say("The values of `sample_id` are not unique: rows are known by their numbers instead.")
         dataset = dataset.remove_columns("sample_id")
     return dataset.add_column("sample_id", np.arange(len(dataset)))
+
+
+def with_features(rows: Dataset, features: Features) -> Dataset:
+    """
+    Gives rows the columns and types of others, so that they can stand in one table.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Evaluation rows.
+        features ([`~datasets.Features`]):
+            Those of the training rows.
+
+    Returns:
+        [`~datasets.Dataset`]: without the columns that the training rows do not have.
+
+    Raises:
+        `ValueError`: for a column that is missing, or whose values do not fit.
+    """
+    if missing := [name for name in features if name not in rows.column_names]:
+        raise invalid(
+            "eval_dataset",
+            f"columns {', '.join(rows.column_names)}",
+            f"those of the training rows, {', '.join(missing)} among them",
+            "Prepare both in one way, or set `eval_levels=False`.",
+        )
+    rows = rows.select_columns(list(features))
+    if rows.features == features:
+        return rows
+    try:
+        return rows.cast(features)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, TypeError, ValueError) as error:
+        raise invalid(
+            "eval_dataset",
+            f"columns of types {rows.features}",
+            f"{features}, as the training rows have",
+            f"{error} Prepare both in one way, or set `eval_levels=False`.",
+        ) from error
 
 
 def _pad_token_id(processing_class: PreTrainedTokenizerBase | None) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import xxhash
 from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
@@ -21,7 +22,7 @@ from ..core.ranks import spearman
 from .cache import cached_scores, default_cache_dir, fingerprint
 from .config import CurriculumConfig
 from .difficulty import DifficultyScorer, LossScorer, build_scorer
-from .scoring import Batch, ScoringInputs
+from .scoring import Batch, ScoringInputs, collated
 from .self_paced import SelfPacedScorer
 
 
@@ -31,6 +32,7 @@ __all__ = ["Measurement", "count_labels", "measure_difficulty", "row_lengths"]
 LENGTH_SUSPICION = 0.9
 CPU_BATCH_TOKENS = 2048
 BATCH_TOKENS = 16384
+_SHOWN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ class Measurement:
 
 def row_lengths(rows: Dataset) -> np.ndarray:
     """
-    Tokens of each row.
+    Tokens of each row, without those that its `attention_mask` masks out: rows may have been padded already.
 
     Args:
         rows ([`~datasets.Dataset`] of N rows):
-            Rows with `input_ids`.
+            Rows with `input_ids`, and maybe `attention_mask`.
 
     Returns:
         `np.ndarray` of shape `(N,)`, int64.
@@ -113,6 +115,17 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     Raises:
         `ValueError`: without a column `input_ids`.
     """
+    sizes = _row_sizes(rows)
+    if "attention_mask" not in rows.column_names:
+        return sizes
+    values = [part.flatten().to_numpy(zero_copy_only=False) for part in _parts(rows, "attention_mask")]
+    attended = np.concatenate([[0], np.cumsum(np.concatenate([np.empty(0, dtype=np.int64), *values]) != 0)])
+    ends = np.cumsum(sizes)
+    return np.asarray(attended[ends] - attended[ends - sizes], dtype=np.int64)
+
+
+def _row_sizes(rows: Dataset) -> np.ndarray:
+    """Tokens of each row, padding included."""
     if "input_ids" not in rows.column_names:
         raise invalid(
             "train_dataset",
@@ -124,22 +137,24 @@ def row_lengths(rows: Dataset) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=np.int64), *sizes]).astype(np.int64)
 
 
-def count_labels(rows: Dataset, lengths: np.ndarray) -> np.ndarray:
+def count_labels(rows: Dataset, lengths: np.ndarray, shift: bool = True) -> np.ndarray:
     """
-    Labelled tokens of each row, as a causal model predicts them: the first position never counts.
+    Labelled tokens of each row.
 
     Args:
         rows ([`~datasets.Dataset`] of N rows):
             Rows; `labels` may be a list per token, one label per row, or left to the collator.
         lengths (`np.ndarray` of shape `(N,)`, int64):
             Tokens of each row.
+        shift (`bool`, *optional*, defaults to `True`):
+            Whether a position predicts the label of the next, as in a causal model: the first one never counts.
 
     Returns:
         `np.ndarray` of shape `(N,)`, int64.
     """
     column = next((name for name in ("labels", "label", "label_ids") if name in rows.column_names), None)
     if column is None:
-        return np.asarray(np.maximum(lengths - 1, 0))
+        return np.asarray(np.maximum(lengths - shift, 0))
     counts = [np.empty(0, dtype=np.int64)]
     for part in _parts(rows, column):
         if not (pa.types.is_list(part.type) or pa.types.is_large_list(part.type)):
@@ -152,7 +167,7 @@ def count_labels(rows: Dataset, lengths: np.ndarray) -> np.ndarray:
         labelled = np.concatenate([[0], np.cumsum(values != -100)])
         starts = ends - sizes
         first = np.zeros(len(sizes), dtype=np.int64)
-        first[sizes > 0] = values[starts[sizes > 0]] != -100
+        first[sizes > 0] = (values[starts[sizes > 0]] != -100) & shift
         counts.append(labelled[ends] - labelled[starts] - first)
     return np.concatenate(counts)
 
@@ -173,6 +188,7 @@ def measure_difficulty(
     processing_class: object | None = None,
     trainable: Sequence[bool] | np.ndarray | None = None,
     num_dropped: int = 0,
+    shift_labels: bool = True,
 ) -> Measurement:
     """
     Measures the difficulty of tokenised rows with the config's scorer, through the cache. Collective.
@@ -196,6 +212,8 @@ def measure_difficulty(
             False for rows that a learned scorer must not train on. Defaults to True everywhere.
         num_dropped (`int`, *optional*, defaults to `0`):
             Rows that the preparation had dropped already; only told.
+        shift_labels (`bool`, *optional*, defaults to `True`):
+            Whether a position predicts the label of the next. See [`count_labels`].
 
     Returns:
         [`Measurement`]
@@ -208,7 +226,7 @@ def measure_difficulty(
     started = time.perf_counter()
     scorer = build_scorer(config)
     lengths = row_lengths(rows)
-    label_counts = count_labels(rows, lengths)
+    label_counts = count_labels(rows, lengths, shift_labels)
     kept = np.flatnonzero(label_counts > 0)
     learnable = np.ones(len(rows), dtype=bool) if trainable is None else np.asarray(trainable, dtype=bool)
     if not learnable[kept].any():
@@ -225,6 +243,7 @@ def measure_difficulty(
         batch_columns=batch_columns,
         collate=collate,
         lengths=lengths[kept],
+        sizes=_row_sizes(rows)[kept],
         label_counts=label_counts[kept],
         trainable=learnable[kept],
         device=args.device,
@@ -251,7 +270,12 @@ def _scores(scorer: DifficultyScorer, inputs: ScoringInputs, config: CurriculumC
         _check_whole(inputs.model)
         with _placed(inputs.model, inputs.device):
             if config.use_cache:
-                settings = {"scorer": scorer.name, "precision": str(inputs.autocast_dtype), **scorer.settings()}
+                settings = {
+                    "scorer": scorer.name,
+                    "precision": str(inputs.autocast_dtype),
+                    "collator": _collator_digest(inputs),
+                    **scorer.settings(),
+                }
                 if not isinstance(scorer, LossScorer):  # which learns nothing
                     settings |= {"seed": inputs.seed, "learning_rate": inputs.learning_rate}
                 ours = isinstance(scorer, LossScorer | SelfPacedScorer)  # which read what the collator reads
@@ -269,6 +293,15 @@ def _scores(scorer: DifficultyScorer, inputs: ScoringInputs, config: CurriculumC
             f"{len(inputs.rows)} finite numbers",
         )
     return scores
+
+
+def _collator_digest(inputs: ScoringInputs) -> str:
+    """What the collator makes of a few rows: the same rows can get other labels from it."""
+    digest = xxhash.xxh3_128()
+    shown = np.unique(np.linspace(0, len(inputs.rows) - 1, _SHOWN_ROWS).astype(np.int64))
+    for name, value in sorted(collated(inputs, shown).items()):
+        digest.update(f"{name} {value.tolist() if isinstance(value, torch.Tensor) else value}".encode())
+    return digest.hexdigest()
 
 
 def _check_whole(model: nn.Module | None) -> None:

@@ -8,18 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
+from trl import SFTTrainer
 
+from ..core.arguments import bind_trainer_arguments
 from ..core.console import say, show_table
 from ..core.distributed import on_main_process
 from ..core.errors import invalid
 from ..core.files import write_atomic
 from ..core.fingerprint import fingerprint_rows
-from ..core.run import RunMixin, bind_trainer_arguments
+from ..core.run import RunMixin
 from ..core.stages import Stage, StageDriver
 from ..core.state import check_same
 from .checks import check_arguments, check_datasets
 from .config import CurriculumConfig
-from .dataset import add_sample_ids
+from .dataset import add_sample_ids, with_features
 from .difficulty import build_scorer
 from .evaluation import LevelMatrix, level_name
 from .levels import level_cuts, levels_at
@@ -76,7 +78,7 @@ class CurriculumMixin(RunMixin):
     """
 
     def __init__(self, *args: Any, curriculum: CurriculumConfig | None = None, **kwargs: Any) -> None:
-        arguments = bind_trainer_arguments(type(self), args, kwargs)
+        arguments = bind_trainer_arguments(type(self), RunMixin, args, kwargs)
         self.curriculum = CurriculumConfig() if curriculum is None else curriculum
         if not isinstance(self.curriculum, CurriculumConfig):
             raise invalid("curriculum", curriculum, "a `CurriculumConfig`")
@@ -108,7 +110,7 @@ class CurriculumMixin(RunMixin):
         """Scores training and evaluation rows, and cuts them into levels."""
         parts = self._evaluation_parts()
         if build_scorer(self.curriculum).uses_model:
-            rows = concatenate_datasets([self._batch_rows(part) for part in (self.train_dataset, *parts)])
+            rows = concatenate_datasets([self._batch_rows(self.train_dataset), *map(self._like_training, parts)])
             trainable = np.arange(len(rows)) < len(self.train_dataset)
             measured = self._measure_rows(rows, trainable, num_dropped)
             split = len(self.train_dataset)
@@ -146,10 +148,15 @@ class CurriculumMixin(RunMixin):
             processing_class=self.processing_class,
             trainable=trainable,
             num_dropped=num_dropped,
+            shift_labels=self._shifts_labels or isinstance(self, SFTTrainer),
         )
 
     def _batch_rows(self, rows: Dataset) -> Dataset:
         return self._remove_unused_columns(rows)
+
+    def _like_training(self, part: Dataset) -> Dataset:
+        """The columns of evaluation rows that batches are made of, with the types of the training rows."""
+        return with_features(self._batch_rows(part), self._batch_rows(self.train_dataset).features)
 
     def _evaluation_parts(self) -> list[Dataset]:
         """The evaluation sets whose rows get levels; none, with a word about it, where that cannot be."""
@@ -175,7 +182,7 @@ class CurriculumMixin(RunMixin):
     def _rows_by_level(self, parts: list[Dataset], difficulty: np.ndarray, cuts: np.ndarray) -> dict[int, Dataset]:
         if not parts:
             return {}
-        rows = concatenate_datasets([self._batch_rows(part) for part in parts])
+        rows = concatenate_datasets([self._like_training(part) for part in parts])
         scored = np.flatnonzero(np.isfinite(difficulty))
         levels = levels_at(difficulty[scored], cuts)
         members = {level: scored[levels == level] for level in range(self.curriculum.num_levels)}
@@ -263,8 +270,10 @@ class CurriculumMixin(RunMixin):
         training = self.model.training
         for level, rows in self._eval_rows.items():
             # The test loader, since the evaluation loader is kept by name where workers persist.
+            with self._every_row():
+                loader = self.get_test_dataloader(rows)
             output = self.evaluation_loop(
-                self.get_test_dataloader(rows),
+                loader,
                 description=f"Evaluation of level {level}",
                 prediction_loss_only=True if self.compute_metrics is None else None,
                 metric_key_prefix=f"eval_{level_name(level)}",
@@ -360,7 +369,8 @@ class CurriculumMixin(RunMixin):
                 scoring_seconds=self._measurement.seconds,
                 num_train_epochs=self._num_train_epochs,
                 hash=self.curriculum_plan.hash,
-                levels=[dict(zip(LEVEL_COLUMNS, row, strict=True)) for row in levels],
+                # Without the example, the last: the record is pushed to the Hub with the model.
+                levels=[dict(zip(LEVEL_COLUMNS[:-1], row)) for row in levels],
                 stages=[dict(zip(STAGE_COLUMNS, row, strict=True)) for row in stages],
             )
         on_main_process(self._write_plan)

@@ -217,7 +217,7 @@ class ProbeTraining:
         rank, world = rank_and_world()
         total = float(weights @ self.inputs.label_counts[indices])
         mine, mine_weights = indices[rank::world], weights[rank::world]
-        for micro in token_budget_batches(self.inputs.lengths[mine], self.inputs.batch_tokens):
+        for micro in token_budget_batches(self.inputs.batch_lengths[mine], self.inputs.batch_tokens):
             batch = collated(self.inputs, mine[micro])
             with autocast(self.inputs):
                 losses, _ = row_losses(self.probe, batch)

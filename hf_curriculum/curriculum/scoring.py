@@ -72,6 +72,8 @@ class ScoringInputs:
             Tokens, padding included, in one batch of one process.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show progress bars.
+        sizes (`np.ndarray` of shape `(N,)`, int64, *optional*):
+            Tokens in each row with the padding that the rows themselves have. Defaults to `lengths`.
     """
 
     model: nn.Module | None
@@ -89,6 +91,12 @@ class ScoringInputs:
     seed: int = 0
     batch_tokens: int = 2048
     progress: bool = True
+    sizes: np.ndarray | None = None
+
+    @property
+    def batch_lengths(self) -> np.ndarray:
+        """Tokens that each row takes in a batch, `(N,)`, int64."""
+        return self.lengths if self.sizes is None else self.sizes
 
 
 def token_budget_batches(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -136,7 +144,7 @@ def row_losses(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tens
     base = unwrap_peft_model(model)
     kind = getattr(base, "loss_type", None)
     if kind == "ForSequenceClassification":
-        losses = _classification_losses(model(**inputs).logits.float(), labels)
+        losses = _classification_losses(model(**inputs).logits.float(), labels, base.config.problem_type)
         return losses, torch.ones_like(losses, dtype=torch.int64)
     # GPT-2 and its time name no loss; `check_row_losses` tells whether they are what they seem.
     if kind not in ("ForCausalLM", None) or getattr(base.config, "is_encoder_decoder", False):
@@ -169,7 +177,7 @@ def check_row_losses(inputs: ScoringInputs, model: nn.Module) -> None:
     Raises:
         `NotImplementedError`: if the losses differ.
     """
-    batch = collated(inputs, np.argmin(inputs.lengths, keepdims=True))
+    batch = collated(inputs, np.argmin(inputs.batch_lengths, keepdims=True))
     with evaluation_mode(model), torch.inference_mode(), autocast(inputs):
         ours = row_losses(model, batch)[0]
         if batch["labels"].ndim == 1 or batch["labels"].is_floating_point():
@@ -187,9 +195,9 @@ def check_row_losses(inputs: ScoringInputs, model: nn.Module) -> None:
         )
 
 
-def _classification_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    if logits.shape[-1] == 1:
-        return (logits.squeeze(-1) - labels.float()).square()
+def _classification_losses(logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    if logits.shape[-1] == 1 or problem_type == "regression":
+        return (logits - labels.float().view(logits.shape)).square().sum(dim=-1)
     if labels.is_floating_point():
         return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none").sum(dim=-1)
     return F.cross_entropy(logits, labels, reduction="none")
@@ -210,7 +218,10 @@ def collated(inputs: ScoringInputs, indices: np.ndarray) -> Batch:
     """
     columns = inputs.rows.select_columns(list(inputs.batch_columns))[indices.tolist()]
     examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return {name: tensor.to(inputs.device) for name, tensor in inputs.collate(examples).items()}
+    return {
+        name: value.to(inputs.device) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.collate(examples).items()
+    }
 
 
 def score_rows(inputs: ScoringInputs, model: nn.Module, description: str) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +244,7 @@ def score_rows(inputs: ScoringInputs, model: nn.Module, description: str) -> tup
         row's labels, and number of labels.
     """
     rank, world = rank_and_world()
-    batches = token_budget_batches(inputs.lengths, inputs.batch_tokens)[rank::world]
+    batches = token_budget_batches(inputs.batch_lengths, inputs.batch_tokens)[rank::world]
     found = np.zeros((2, len(inputs.lengths)))
     bar = tqdm(batches, desc=description, leave=False, disable=not (inputs.progress and is_main_process()))
     with evaluation_mode(model), torch.inference_mode(), autocast(inputs):

@@ -194,7 +194,10 @@ class SelfPacedScorer:
                 losses = self._losses(inputs, probe, f"Self-paced round {index + 1}/{self.rounds}: scoring")
                 normalised[index] = normalised_losses(losses, losses[learnable])
                 if index + 1 < self.rounds:
-                    weights = spl_weights(normalised[index, learnable], age, self.weights)
+                    positions = normalised[index, learnable]
+                    weights = spl_weights(positions, age, self.weights)
+                    if not weights.any():  # of a few rows none may be within the share: then the easiest is
+                        weights = (positions == positions.min()).astype(np.float64)
                     admitted = weights > 0
                     training.run(learnable[admitted], weights[admitted], steps[index + 1], phase=index + 1)
         return self_paced_difficulty(normalised, ages)

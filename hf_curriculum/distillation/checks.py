@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..core.errors import invalid, unsupported
@@ -14,7 +14,34 @@ from ..core.stages import Stage
 from .config import DistillationConfig
 
 
-__all__ = ["check_adapter_off", "check_arguments", "check_backend", "check_snapshot", "check_stages"]
+__all__ = ["check_adapter_off", "check_arguments", "check_loss", "check_snapshot", "check_stages", "check_trainer"]
+
+# Whose `compute_loss` is known: the Trainer's, TRL's, and those of the mixins beside this one.
+_KNOWN = ("hf_curriculum", "transformers", "trl")
+_SHOWN_NAMES = 3
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """
+    Refuses what would change the loss behind the back of the distillation, or split what it is computed on.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer.
+
+    Raises:
+        `NotImplementedError`: for another loss than the plain cross-entropy, for `model_init`, and for
+            `nn.DataParallel`, FSDP1, and context, sequence or tensor parallelism.
+    """
+    model_init: object = trainer.model_init
+    if model_init is not None:
+        raise unsupported(
+            "Distillation with `model_init`",
+            "training then begins with a new model, and the teacher belongs to the one before",
+            "Pass `model=model_init()`, and build one trainer for each run.",
+        )
+    check_arguments(trainer.args, trainer.compute_loss_func)
+    _check_backend(trainer.accelerator, trainer.args)
 
 
 def check_arguments(args: TrainingArguments, compute_loss_func: object) -> None:
@@ -70,19 +97,30 @@ def check_arguments(args: TrainingArguments, compute_loss_func: object) -> None:
         )
 
 
-def check_backend(accelerator: Accelerator, args: TrainingArguments) -> None:
+def check_loss(trainer: type, mixin: type) -> None:
     """
-    Refuses ways of running that split what a position, its label and the head are computed on.
+    Refuses a trainer class with a loss of its own, where the distillation takes the place of the Trainer's.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The trainer's.
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's.
+        trainer (`type`):
+            Class of the trainer.
+        mixin (`type`):
+            The mixin of the distillation: what stands after it is looked at.
 
     Raises:
-        `NotImplementedError`: for `nn.DataParallel`, FSDP1, and context, sequence or tensor parallelism.
+        `NotImplementedError`: if a class that is not known overrides `compute_loss`.
     """
+    after = trainer.__mro__[trainer.__mro__.index(mixin) + 1 :]
+    for base in after:
+        if "compute_loss" in vars(base) and base.__module__.partition(".")[0] not in _KNOWN:
+            raise unsupported(
+                f"Distillation with the `compute_loss` of {base.__name__}",
+                "both define the loss, and one of them would be left out",
+                "Put what it adds into a class before the mixin, whose `compute_loss` calls `super().compute_loss()`.",
+            )
+
+
+def _check_backend(accelerator: Accelerator, args: TrainingArguments) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     for found, name, instead in (
@@ -135,14 +173,24 @@ def check_adapter_off(model: nn.Module) -> None:
             The student, the base of whose adapter is to be the teacher.
 
     Raises:
-        `NotImplementedError`: for prompt learning.
+        `NotImplementedError`: for prompt learning, and for parameters that learn beside the adapter.
     """
-    if isinstance(model, PeftModel) and not isinstance(model.base_model, BaseTuner):
+    if not isinstance(model, PeftModel):
+        return
+    if not isinstance(model.base_model, BaseTuner):
         method = PeftType(model.active_peft_config.peft_type).value
         raise unsupported(
             f"`teacher='base'` with the PEFT method {method}",
             "it is no layer that could be switched off",
             "Name the base model as the teacher, by its Hub id or path.",
+        )
+    switched = (model.base_model.prefix, "modules_to_save", "trainable_tokens")
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if beside := [name for name in learning if not any(part in name for part in switched)]:
+        raise unsupported(
+            f"`teacher='base'` with parameters that learn beside the adapter ({', '.join(beside[:_SHOWN_NAMES])})",
+            "they are not the base model's any more when the adapter is switched off",
+            "Freeze them, or name the base model as the teacher, by its Hub id or path.",
         )
 
 

@@ -175,7 +175,7 @@ class DistillationConfig:
         if not isinstance(self.teacher, str | PreTrainedModel) or self.teacher == "":
             raise invalid(
                 "teacher",
-                self.teacher,
+                self.teacher if isinstance(self.teacher, str) else type(self.teacher).__name__,
                 f"one of {', '.join(TEACHERS)}, the Hub id or path of a model, or a `PreTrainedModel`",
             )
 

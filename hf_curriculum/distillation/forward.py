@@ -10,6 +10,7 @@ Shapes: B rows, S positions in a row, H hidden size, V vocabulary, T labelled po
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -28,13 +29,15 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..core.errors import unsupported
 from ..core.head import CausalLMHead, LabelledPositions, causal_lm_head, gather_labelled
+from ..core.modes import evaluation_mode
+from ..core.wrappers import unwrapped
 from .chunked import HeadTeacher, TokenLosses, TopKTeacher, chunked_token_losses
 from .loss_sums import LossSums, loss_sums
 from .losses import Divergence
 from .projection import HeadWeights
 
 
-__all__ = ["StudentPass", "TeacherPass", "head_weights", "install", "projection_of"]
+__all__ = ["StudentPass", "TeacherPass", "check_logits", "head_weights", "install", "projection_of"]
 
 NOT_FOR_BACKBONE = {"labels", "shift_labels", "num_items_in_batch", "use_cache", "fused_lm_head"}
 
@@ -57,14 +60,21 @@ def install(model: nn.Module) -> None:
             A causal language model, maybe with adapters.
     """
     base = unwrap_peft_model(model)
-    forward = base.forward
+    # Unbound where it is a method, so that a copy of the model runs its own.
+    forward = getattr(base.forward, "__func__", None) or _without_self(base.forward)
 
     # With the signature of the class: the Trainer reads from it the columns to keep, `generate` what it may pass.
     @functools.wraps(type(base).forward)
     def answering(self: PreTrainedModel, *args: Any, distillation: Request | None = None, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if distillation is None else distillation.answer(self, forward, kwargs)
+        if distillation is None:
+            return forward(self, *args, **kwargs)
+        return distillation.answer(self, functools.partial(forward, self), kwargs)
 
     base.forward = types.MethodType(answering, base)
+
+
+def _without_self(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: forward(*args, **kwargs)
 
 
 def projection_of(head: CausalLMHead) -> nn.Module:
@@ -167,6 +177,64 @@ class TeacherPass:
 
 
 @dataclass
+class LogitsPass:
+    """
+    A forward that holds the model's own logits of the last position against those of its head.
+
+    Attributes:
+        own (`torch.Tensor` of shape `(B, V)`):
+            The model's. Filled by the forward, as the next.
+        projected (`torch.Tensor` of shape `(B, V)`):
+            Those of the last hidden state.
+    """
+
+    own: torch.Tensor = field(init=False)
+    projected: torch.Tensor = field(init=False)
+
+    def answer(
+        self, model: PreTrainedModel, forward: Callable[..., ModelOutput], arguments: dict[str, Any]
+    ) -> ModelOutput:
+        """See [`Request`]."""
+        head = causal_lm_head(model)
+        passed = {name: value for name, value in arguments.items() if name not in NOT_FOR_BACKBONE}
+        few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+        self.own = forward(**passed, **few, use_cache=False)["logits"][:, -1].float()
+        hidden = head.backbone(**passed, use_cache=False).last_hidden_state[:, -1]
+        self.projected = head.logits(hidden.to(head.projection.weight.device))
+        return BaseModelOutput(last_hidden_state=hidden)
+
+
+def check_logits(student: nn.Module, inputs: dict[str, Any]) -> None:
+    """
+    Refuses a model whose logits are not its last hidden states, projected. Collective under ZeRO-3.
+
+    Some architectures transform hidden states between backbone and head (RoBERTa's decoder, say); the loss would be
+    wrong without a word.
+
+    Args:
+        student (`nn.Module`):
+            The wrapped student.
+        inputs (`dict[str, Any]`):
+            A batch.
+
+    Raises:
+        `NotImplementedError`: if the logits of the last position differ by more than rounding explains.
+    """
+    request = LogitsPass()
+    with evaluation_mode(student), torch.no_grad():
+        student(**{name: value for name, value in inputs.items() if name != "labels"}, distillation=request)
+    largest = request.own.abs().max()
+    difference = (request.own - request.projected).abs().max()
+    if difference > 2e-2 * largest + 1e-3:
+        raise unsupported(
+            f"Distillation of {type(unwrap_peft_model(unwrapped(student))).__name__}",
+            f"its head is more than a projection (of logits up to {largest:.3g} the projection's differ by "
+            f"{difference:.3g})",
+            "Train it without a teacher.",
+        )
+
+
+@dataclass
 class StudentPass:
     """
     A forward that gives the loss against a teacher's signal.
@@ -245,8 +313,10 @@ def _aux_loss(model: PreTrainedModel, outputs: ModelOutput, arguments: dict[str,
     if outputs.get("router_logits") is None:
         return None
     config = model.config.get_text_config()
+    # Mixtral, Granite and Phi call them local.
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
     loss = load_balancing_loss_func(
-        outputs["router_logits"], config.num_experts, config.num_experts_per_tok, arguments.get("attention_mask")
+        outputs["router_logits"], experts, config.num_experts_per_tok, arguments.get("attention_mask")
     )
     return torch.as_tensor(loss)
 

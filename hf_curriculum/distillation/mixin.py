@@ -23,11 +23,11 @@ from ..core.stages import Stage
 from ..core.state import check_same
 from .cache import TopKCache, TopKSpec
 from .cache_pass import write_teacher_cache
-from .checks import check_adapter_off, check_arguments, check_backend, check_snapshot, check_stages
+from .checks import check_adapter_off, check_loss, check_snapshot, check_stages, check_trainer
 from .chunked import HeadTeacher, TopKTeacher
 from .config import DEFAULT_BETA, DistillationConfig, described
 from .dense import check_own_loss, dense_losses
-from .forward import StudentPass, install, projection_of
+from .forward import StudentPass, check_logits, install, projection_of
 from .keeping import TeacherKeeper
 from .loss_sums import LossSums
 from .losses import Divergence
@@ -94,12 +94,12 @@ class DistillationMixin(RunMixin):
         super()._check_model()
         if not self.distillation.enabled:
             return
-        check_arguments(self.args, self.compute_loss_func)
-        check_backend(self.accelerator, self.args)
+        check_trainer(self)
         student = unwrap_peft_model(self.model)
-        self._head = causal_lm_head(self.model) if self._loss_shifts_labels or isinstance(self, SFTTrainer) else None
+        self._head = causal_lm_head(self.model) if self._shifts_labels or isinstance(self, SFTTrainer) else None
         if self._head is None:
             kind = dense_kind(student)
+            check_loss(type(self), DistillationMixin)
             if self.distillation.teacher_cache != "none":
                 raise unsupported(f"A teacher cache for {kind}", "its logits are small", "Leave `teacher_cache` out.")
         else:
@@ -137,7 +137,7 @@ class DistillationMixin(RunMixin):
         super()._begin_run()
         if self.distillation.enabled:
             self._training_means.restore(None)
-            self._own_loss_checked = False
+            self._model_checked = False
             self._replayed: tuple[int, np.ndarray] = -1, np.empty(0, dtype=bool)
             self._keeper.begin(self._stage_index(), self._saved_teacher, self._resumed_from)
 
@@ -171,7 +171,8 @@ class DistillationMixin(RunMixin):
     def _write_cache(self, path: Path, spec: TopKSpec, teacher: Teacher, stage: int) -> TopKCache:
         """Runs the teacher once over the rows of a stage."""
         rows = self.stage_rows(self.stages[stage])[0] if self.stages else np.arange(len(self.train_dataset))
-        with indexed_rows(self, self.train_dataset.select(rows), "Teacher cache", row_ids=rows) as indexed:
+        indexing = indexed_rows(self, self.train_dataset.select(rows), "Teacher cache", row_ids=rows)
+        with indexing as indexed, self._every_row():
             loader = super()._get_dataloader(indexed, "Teacher cache", self.args.eval_batch_size)
         assert self._head is not None, "a cache is refused where there is no language-model head"
         return write_teacher_cache(loader, self._prepare_inputs, teacher, self.model_wrapped, self._head, path, spec)
@@ -226,6 +227,9 @@ class DistillationMixin(RunMixin):
         if self._head is None:
             loss, outputs = self._dense_loss(model, inputs, alpha, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
+        if self.model.training and not self._model_checked:
+            check_logits(model, inputs)
+            self._model_checked = True
         with self._signal(model, inputs, rows) as teacher:
             if teacher is None and self._trl_is_faster:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -238,6 +242,12 @@ class DistillationMixin(RunMixin):
             )
             computed = super().compute_loss(
                 model, {**inputs, "distillation": request}, return_outputs, num_items_in_batch
+            )
+        if request.sums is None and self.model.training:
+            raise unsupported(
+                "Distillation with a `compute_loss` that calls the model without labels",
+                "the teacher is asked inside the model's forward, where the labels are",
+                "Let it call `super().compute_loss(...)` with the inputs as they are, and add its own terms.",
             )
         self._add_up(request.sums)
         return computed
@@ -320,9 +330,9 @@ class DistillationMixin(RunMixin):
         alpha = (alpha if training else 1.0) if asked else 0.0
         self._add_up(losses.sums(alpha))
         if training:
-            if not self._own_loss_checked:
+            if not self._model_checked:
                 check_own_loss(outputs.loss, losses)
-                self._own_loss_checked = True
+                self._model_checked = True
             # The model's own loss divides by the micro-batch even where the Trainer takes it for the whole step's.
             average = self.args.average_tokens_across_devices and num_items is not None
             copies = self.accelerator.num_processes // self.get_tp_size() if average else 1

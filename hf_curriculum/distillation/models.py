@@ -1,5 +1,6 @@
 """Teachers that are models of their own: found, compared with the student, loaded, prepared for the backend."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -96,6 +97,13 @@ def check_teacher(
                 "The model before training is `teacher='base'`.",
             )
     else:
+        if Path(teacher, "adapter_config.json").is_file() and not Path(teacher, "config.json").is_file():
+            raise invalid(
+                "teacher",
+                f"{teacher}, which holds an adapter",
+                "a whole model",
+                "Save `AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()`, and name its folder.",
+            )
         config, name = AutoConfig.from_pretrained(teacher), teacher
     if classifies:
         got, expected, what = config.num_labels, student.config.num_labels, "classes"

@@ -36,7 +36,8 @@ def check_backend(
 
     Raises:
         `ValueError`: under DeepSpeed, if the optimizer has no groups per block.
-        `NotImplementedError`: for `static_graph` of DDP with gradient accumulation, and for checkpoints in the middle
+        `NotImplementedError`: for an optimizer that sets its learning rate by itself, for `static_graph` of DDP with
+            gradient accumulation, and for checkpoints in the middle
             of a step where they hold only the adapters that require a gradient.
     """
     backend = AcceleratorState().distributed_type
@@ -48,6 +49,12 @@ def check_backend(
             "a `LayerFreezeCallback` under DeepSpeed that is not attached",
             "an optimizer with groups per block, made before the engine",
             "Add the line `callback.attach(trainer)` before `trainer.train()`.",
+        )
+    if any(group.get("relative_step") for group in base_optimizer(optimizer).param_groups):
+        raise unsupported(
+            f"Freezing with {type(base_optimizer(optimizer)).__name__}(relative_step=True)",
+            "the learning rate is in none of its groups, and ramps and change rates need it",
+            "Set `relative_step=False` and a learning rate, as `optim='adafactor'` does.",
         )
     if ddp is not None and ddp.static_graph and args.gradient_accumulation_steps > 1:
         raise unsupported(

@@ -206,6 +206,8 @@ class Blocks:
                 raise invalid("blocks", str(name), f"one of {_listed(matches)}")
             if matches:
                 return [number for number, text in enumerate(texts) if text == matches[0]]
+        if isinstance(name, str) and name.removeprefix("-").isdecimal():  # a number from the command line
+            return self._resolve(int(name))
         raise invalid(
             "blocks", repr(name) if not isinstance(name, str) else name,
             f"a name such as {_listed([block.name for block in self.blocks])}, or a number in [{-count}, {count})",

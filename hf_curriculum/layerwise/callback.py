@@ -117,6 +117,8 @@ class LayerFreezeCallback(TrainerCallback):
             raise _two_callbacks()
         if self._trainer is not None and self._trainer() is trainer:
             return
+        if trainer.model is not None:
+            _recover(trainer.model)
         self._trainer = weakref.ref(trainer)
         if self not in callbacks:
             trainer.add_callback(self)
@@ -125,6 +127,18 @@ class LayerFreezeCallback(TrainerCallback):
         callbacks.insert(0, self)
         if trainer.is_deepspeed_enabled:
             self._group_optimizer(trainer)
+
+    def release(self) -> None:
+        """
+        Lets everything require a gradient again after a training that an error or Ctrl-C broke off.
+
+        The trainers of this package call it themselves, and a next training with a freezing callback does as much. A
+        plain Trainer does not tell its callbacks of errors: without this call, one without the callback would train
+        what was awake alone.
+        """
+        for model, claim in list(_CLAIMS.items()):
+            if claim.callback() is self:
+                _recover(model)
 
     def _group_optimizer(self, trainer: Trainer) -> None:
         plugin = trainer.accelerator.state.deepspeed_plugin
@@ -307,6 +321,7 @@ class LayerFreezeCallback(TrainerCallback):
             EVENT,
             state.global_step,
             first_step=window.first_step,
+            signal=run.policy.signal,
             policy=self.config.to_dict()["policy"],
             turn=window.turn,
             blocks=names,

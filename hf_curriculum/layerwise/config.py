@@ -124,11 +124,12 @@ class LayerwiseConfig:
     seed: int | None = field(default=None, metadata={"help": "Seed of the policies that draw. Default: --seed."})
 
     def __post_init__(self) -> None:
-        for name, lowest in (("active_fraction", 0.0), ("max_depth", 0.0)):
-            if not lowest < getattr(self, name) <= 1.0:
-                raise invalid(name, getattr(self, name), "a float in (0, 1]")
-        if not 0.0 <= self.smoothing < 1.0:
-            raise invalid("smoothing", self.smoothing, "a float in [0, 1)")
+        for name in ("active_fraction", "max_depth"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0.0 < value <= 1.0:
+                raise invalid(name, repr(value), "a float in (0, 1]")
+        if not isinstance(self.smoothing, int | float) or not 0.0 <= self.smoothing < 1.0:
+            raise invalid("smoothing", repr(self.smoothing), "a float in [0, 1)")
         for name in ("interval_steps", "ramp_steps"):
             _check_steps(name, getattr(self, name))
         if self.warmup_steps is not None:
@@ -157,9 +158,13 @@ class LayerwiseConfig:
         return make_policy(self.policy, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The values as JSON, a policy object by its `repr`."""
+        """The values as JSON, a policy object by its `repr`, or by its class where that is no more than an address."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {**values, "policy": self.policy if isinstance(self.policy, str) else repr(self.policy)}
+        policy, kind = self.policy, type(self.policy)
+        if not isinstance(policy, str):
+            plain = kind.__repr__ is object.__repr__
+            policy = f"{kind.__module__}.{kind.__qualname__}" if plain else repr(policy)
+        return {**values, "policy": policy}
 
 
 def _check_steps(name: str, value: object) -> None:

@@ -73,7 +73,9 @@ def low_rank_pairs(model: nn.Module) -> list[LowRankPair]:
     for module in layers:
         base = module.get_base_layer()
         magnitudes = getattr(module, "lora_magnitude_vector", {})
-        for adapter, down in getattr(module, "lora_A", {}).items():
+        downs = getattr(module, "lora_A", {})
+        # AdaLoRA keeps parameters there, and a third factor between: they count by their own change.
+        for adapter, down in downs.items() if isinstance(downs, nn.ModuleDict) else ():
             a, b = down.weight, module.lora_B[adapter].weight
             if a.requires_grad or b.requires_grad:
                 magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
@@ -97,7 +99,8 @@ class ChangeMeter:
     """
     Measures the weight change rate of blocks (ALF): ||W_t - W_(t-k)||_F / ||W_(t-k)||_F over the matrices of a block.
 
-    A block without matrices counts by all its parameters. Of adapters it is ||scaling * (B A - B' A')||_F / ||W0||_F
+    A block without matrices counts by all its parameters; what starts at zero (adapters of OFT, new biases) counts as
+    all of it new, a rate of 1. Of adapters it is ||scaling * (B A - B' A')||_F / ||W0||_F
     over the weights that the block's adapters are added to; other parameters of adapters count by their own change.
     The abstract of ALF gives no formula: both are our choice.
 
@@ -123,6 +126,10 @@ class ChangeMeter:
         self._base_squares = [
             math.fsum(_weight_square(pair.base) for pair in pairs) for pairs in self._pairs
         ]  # fmt: skip
+        self._num_weights = [
+            sum(_shape(self._named[name]).numel() for name in plain) + sum(_base_size(pair.base) for pair in pairs)
+            for plain, pairs in zip(self._plain, self._pairs)
+        ]
         self.reference: RollingReference | None = None
         self._measured: tuple[int, ...] = ()
 
@@ -147,7 +154,8 @@ class ChangeMeter:
 
         Args:
             learning_rates (`Sequence[float]`, *optional*):
-                Sum of the learning rates of each block's steps, by which its rate is divided.
+                Sum of the learning rates of each block's steps. With them the rate is that of each weight, in units of
+                that sum: ||W_t - W_(t-k)||_F / (sqrt(n) sum lr) of n weights.
 
         Returns:
             `dict[int, float]`: by block number, equal on every rank. A block whose learning rates sum up to 0 is left
@@ -172,7 +180,9 @@ class ChangeMeter:
         for number in self._measured:
             divisor = None if learning_rates is None else learning_rates[number]
             if divisor != 0.0:
-                rates[number] = change_rate(float(changed[order[number]]), float(values[order[number]]), divisor)
+                moved = float(changed[order[number]])
+                size = float(values[order[number]]) if divisor is None else self._num_weights[number]
+                rates[number] = change_rate(moved, size or moved, divisor)
         return on_main_process(lambda: rates)
 
     def _pair_change(self, pair: LowRankPair) -> float:
@@ -222,6 +232,14 @@ def measure_signal_to_noise(model: nn.Module, blocks: Blocks) -> list[float]:
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return layout_of("", parameter).full_shape(parameter)
+
+
+def _base_size(layer: nn.Module) -> int:
+    """Elements of a layer's weight, before quantisation packs them."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    assert isinstance(layer.weight, nn.Parameter)
+    return _shape(layer.weight).numel()
 
 
 @torch.no_grad()

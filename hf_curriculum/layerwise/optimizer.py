@@ -132,7 +132,8 @@ class BlockOptimizer:
                 f"{type(self.optimizer).__name__} without {len(missing)} of {len(self._block_of)} parameters that may "
                 "learn",
                 "an optimizer that holds every parameter that may learn",
-                "Build it while nothing is frozen, from the model that is trained.",
+                "Build it while nothing is frozen, from the model that is trained. If an earlier training with a "
+                "`LayerFreezeCallback` broke off, call its `release()` first.",
             )
         self.active: frozenset[int] = frozenset()
         self.learning_rates = [0.0] * len(self.blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,8 @@ class LayerHistory:
 class LayerPolicy(Protocol):
     """
     Ranks blocks: the one thing that differs between ways of choosing layers.
+
+    A `repr` that tells the settings, as a dataclass has, lets a resumed run see that they are the same.
 
     `signal` says what is to be measured for it: `"change_rate"`, `"gradient_norm"`, `"signal_to_noise"`, or None. Two
     further attributes may be there: `contiguous = True` stops filling the budget at the first block that does not fit
@@ -295,6 +297,10 @@ def make_policy(policy: str | LayerPolicy, **options: object) -> LayerPolicy:
     if not isinstance(policy, str):
         if isinstance(policy, type) or not isinstance(policy, LayerPolicy):
             raise invalid("policy", policy, f"an object with `signal` and `rank`, or one of {', '.join(POLICIES)}")
+        if policy.signal not in (None, *get_args(Signal)):
+            raise invalid(
+                f"signal of {type(policy).__name__}", policy.signal, f"{', '.join(get_args(Signal))}, or None"
+            )
         if options:
             raise invalid(
                 "policy", policy, f"a name beside the options {', '.join(options)}", "Set them on the object."

@@ -32,6 +32,7 @@ EVENT, END_EVENT = "layers", "layers_end"
 LAYER_COLUMNS = ("block", "share of steps", "times chosen", "last score")
 # Equal sizes where a record gives none; large, so that a budget in whole parameters is not rounded to whole blocks.
 _EQUAL_SIZE = 1_000_000
+_LABELS = {"gradient_norm": "share of the gradient norm", "signal_to_noise": "signal-to-noise ratio"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class LayerMap:
             Parameters of each block that can learn; equal numbers where the record does not tell them.
         largest_share (`float` in (0, 1]):
             Largest share of the block parameters that learned at once.
+        signal (`str`, *optional*):
+            What was measured, as the policy names it; None where the record does not tell.
     """
 
     blocks: tuple[str, ...]
@@ -69,6 +72,7 @@ class LayerMap:
     policy: str
     sizes: IntArray
     largest_share: float
+    signal: str | None = None
 
     @property
     def num_steps(self) -> int:
@@ -100,7 +104,7 @@ class LayerMap:
             "active": self.active,
             "rates": self.rates,
             "warmup_end": self.warmup_end,
-            "label": "share of the gradient norm" if self.policy == "gradient" else "change rate",
+            "label": _LABELS.get(self.signal or "", "change rate"),
             "title": f"Which blocks learned: policy {self.policy}",
         }
 
@@ -154,15 +158,20 @@ def read_layers(output_dir: str | Path) -> LayerMap:
     for number, (line, following) in enumerate(zip(lines, [*lines[1:], *ends[-1:], {}], strict=False)):
         active[number, line["active"]] = True
         rates[number] = _of_blocks(following.get("rates", {}), blocks)
-    last_step = max(line["step"] for line in everything)
+    # What stands before is of an earlier run in the folder.
+    last_step = max(line["step"] for line in everything[everything.index(lines[0]) :])
+    bounds = np.array([*(line["first_step"] for line in lines), last_step], dtype=np.int64)
+    if (np.diff(bounds) < 0).any():
+        raise invalid("output_dir", f"{output_dir}, whose record mixes several runs", "the record of one run")
     return LayerMap(
         blocks=tuple(blocks),
-        bounds=np.array([*(line["first_step"] for line in lines), last_step], dtype=np.int64),
+        bounds=bounds,
         active=active,
         rates=rates,
         scores=_of_blocks(lines[-1]["scores"], blocks),
         num_warmup=sum(line["turn"] is not None for line in lines),
         policy=lines[-1]["policy"],
+        signal=lines[-1].get("signal"),
         sizes=np.array(lines[-1].get("sizes", [_EQUAL_SIZE] * len(blocks)), dtype=np.int64),
         largest_share=max(line["active_fraction"] for line in lines),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,12 @@ KINDS = "a class by name or id, a list of classes, a finite number with a decima
 
 
 def heads_of_labels(
-    names: Sequence[str], tasks: Iterable[str | int], labels: Iterable[Any], *, class_weights: str | None = None
+    names: Sequence[str],
+    tasks: Iterable[str | int],
+    labels: Iterable[Any],
+    *,
+    class_weights: str | None = None,
+    regression_tasks: Collection[str] = (),
 ) -> dict[str, TaskHead]:
     """
     The head of each task, from the kind of its labels.
@@ -45,12 +50,15 @@ def heads_of_labels(
             Label of each row: a class by name or id, a list of classes, a number, or None where there is none.
         class_weights (`str`, *optional*):
             `"balanced"`: heads with class weights, so that rare classes count as much as frequent ones.
+        regression_tasks (`Collection[str]`, *optional*):
+            Tasks whose numbers are regressed even where all of them are whole.
 
     Returns:
         `dict[str, TaskHead]`: in the order of `names`.
 
     Raises:
-        `ValueError`: for a task without labels, labels of several kinds in one task, NaN, or negative ids.
+        `ValueError`: for a task without labels, labels of several kinds in one task, NaN, or negative ids; for whole
+            numbers with a decimal point beside other tasks' decimals, which a file makes of classes.
 
     Example:
 
@@ -82,7 +90,22 @@ def heads_of_labels(
         found[name].append(label)
     if empty := [task for task, values in found.items() if not values]:
         raise invalid("labels", f"no label of task {empty[0]}", "labels for every task")
+    _check_whole_numbers({task: found[task] for task in found if kinds[task] == "regression"}, regression_tasks)
     return {task: _head(task, kinds[task], values, class_weights) for task, values in found.items()}
+
+
+def _check_whole_numbers(regressed: dict[str, list[float]], meant: Collection[str]) -> None:
+    """Refuses classes that became decimals because another task of the same column has some."""
+    whole = [task for task, values in regressed.items() if all(float(value).is_integer() for value in values)]
+    if len(whole) < len(regressed) and (doubtful := [task for task in whole if task not in meant]):
+        task = doubtful[0]
+        raise invalid(
+            "labels",
+            f"whole numbers such as {regressed[task][0]} for task {task}, beside decimals of other tasks",
+            "classes as texts, or numbers to predict",
+            "A file keeps one type for a column. Write the classes of a task as texts; if its numbers are to be "
+            "predicted, name it in `regression_tasks`.",
+        )
 
 
 def _kind(label: Any) -> str | None:
@@ -107,6 +130,8 @@ def _head(task: str, kind: str, values: list[Any], class_weights: str | None) ->
     if any(named) and not all(named):
         raise invalid("labels", f"classes by name and by id, of task {task}", "all by name, or all by id")
     classes: list[Any] = sorted(rows_of) if any(named) else list(range(max(rows_of, default=-1) + 1))
+    if not several and len(classes) < 2:
+        raise invalid("labels", f"one class, {classes[0]!r}, of task {task}", "two classes or more")
     head = TaskHead(len(classes), kind, id2label=tuple(classes) if any(named) else None)
     if class_weights is None:
         return head
@@ -192,7 +217,8 @@ def check_labels(heads: Mapping[str, TaskHead], rows: Dataset, task_ids: np.ndar
         heads (`Mapping[str, TaskHead]`):
             By task, in the order of the ids.
         rows ([`~datasets.Dataset`] of N rows):
-            With a column `labels` as `MultiTaskHeads.encode_label` writes them; without one nothing is checked.
+            With a column `labels` (or `label`, `label_ids`) as `MultiTaskHeads.encode_label` writes them; without
+            one nothing is checked.
         task_ids (`np.ndarray` of shape `(N,)`, int64):
             Task of each row.
         name (`str`):
@@ -203,9 +229,11 @@ def check_labels(heads: Mapping[str, TaskHead], rows: Dataset, task_ids: np.ndar
     """
     if (task_ids < 0).any():
         raise invalid(name, f"row {int(np.argmax(task_ids < 0))} of no single task", "a task with a head in every row")
-    if "labels" not in rows.column_names or not len(rows):
+    # The names that transformers' collators make `labels` of.
+    title = next((title for title in ("labels", "label", "label_ids") if title in rows.column_names), None)
+    if title is None or not len(rows):
         return
-    column = rows["labels"][:]
+    column = rows[title][:]
     try:
         labels = np.asarray(column, dtype=np.float64).reshape(len(rows), -1)
     except (TypeError, ValueError) as error:

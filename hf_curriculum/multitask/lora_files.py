@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +17,10 @@ from ..core.files import write_atomic
 from .head_files import CONFIG_NAME, WEIGHTS_NAME
 
 
-__all__ = ["adapter_card", "is_hub_id", "is_transposed", "target_modules_of", "write_lora"]
+__all__ = ["adapter_card", "is_hub_id", "is_transposed", "saved_classes", "target_modules_of", "write_lora"]
+
+# Names under which transformers' classifiers have their last layer.
+_CLASSIFIERS = re.compile(r"\b(score|classifier)(\.out_proj)?\.weight$")
 
 # The call needs this package; the formula is for those who do without.
 HEAD_CARD = f"""
@@ -31,6 +35,21 @@ model = MultiTaskHeads.from_pretrained("path/of/this/adapter")
 model.decode(model(**inputs).logits, 0)
 ```
 """
+
+
+def saved_classes(adapter: str) -> int | None:
+    """
+    Outputs of the classification head that is saved with an adapter, of which its base knows nothing.
+
+    Args:
+        adapter (`str`):
+            Folder or Hub id of an adapter.
+
+    Returns:
+        `int`, *optional*: None where there is no such head.
+    """
+    weights = load_peft_weights(adapter, device="cpu")
+    return next((len(weight) for name, weight in weights.items() if _CLASSIFIERS.search(name)), None)
 
 
 def is_hub_id(name: str) -> bool:

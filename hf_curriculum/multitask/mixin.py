@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..core.arguments import bind_trainer_arguments
 from ..core.console import say, show_table
 from ..core.errors import invalid
-from ..core.run import RunMixin, bind_trainer_arguments
+from ..core.run import RunMixin
 from ..core.stages import Stage, StageDriver
 from ..core.state import check_same
 from .absent import AbsentTaskGuard
@@ -36,7 +37,7 @@ from .epochs import epoch_stages
 from .labels import check_labels
 from .loss_watch import TaskLossWatch
 from .packing import pack_with_tasks
-from .rows import check_rows, inferred_names, parts, row_task_ids, tell_missing
+from .rows import check_rows, inferred_names, parts, row_task_ids, tell_missing, with_task_names
 from .sampler import MultiTaskSampler
 from .tasks import TaskRegistry
 
@@ -89,13 +90,15 @@ class MultiTaskMixin(RunMixin):
 
     def __init__(self, *args: Any, multitask: MultiTaskConfig | None = None, **kwargs: Any) -> None:
         check_bases(type(self), MultiTaskMixin)
-        arguments = bind_trainer_arguments(type(self), args, kwargs)
+        arguments = bind_trainer_arguments(type(self), RunMixin, args, kwargs)
         self.multitask = MultiTaskConfig() if multitask is None else multitask
         if not isinstance(self.multitask, MultiTaskConfig):
             raise invalid("multitask", multitask, "a `MultiTaskConfig`")
         self._orders_run = decides_order(type(self), MultiTaskMixin)
         check_arguments(arguments.get("args"), self.multitask, self._orders_run)
         check_rows(arguments.get("train_dataset"), arguments.get("eval_dataset"), self.multitask.task_column)
+        for name in ("train_dataset", "eval_dataset"):
+            arguments[name] = with_task_names(arguments.get(name), self.multitask.task_column)
         self.task_registry = self._find_registry(arguments)
         check_names(self.task_registry)
         model = arguments.get("model")
@@ -129,7 +132,7 @@ class MultiTaskMixin(RunMixin):
         self._loss_watch = TaskLossWatch(
             self.task_registry,
             self.accelerator,
-            shift_labels=self._loss_shifts_labels,
+            shift_labels=self._shifts_labels,
             training=self.multitask.log_task_losses,
             row_losses=heads.row_losses if isinstance(heads, TaskClassifier) else None,
         )
@@ -144,13 +147,11 @@ class MultiTaskMixin(RunMixin):
             names = ours.task_names or inferred_names(arguments["train_dataset"], ours.task_column)
             return TaskRegistry(names, unknown_task=ours.unknown_task or "error")
         if ours.task_names is not None and tuple(ours.task_names) != known.names:
-            raise invalid(
-                "multitask.task_names", ours.task_names, f"the model's {list(known.names)}, or None to take them"
-            )
+            expected = f"the model's {list(known.names)}, or None to take them"
+            raise invalid("multitask.task_names", ours.task_names, expected)
         if ours.unknown_task not in (None, known.unknown_task):
-            raise invalid(
-                "multitask.unknown_task", ours.unknown_task, f"the model's {known.unknown_task!r}, or None to take it"
-            )
+            expected = f"the model's {known.unknown_task!r}, or None to take it"
+            raise invalid("multitask.unknown_task", ours.unknown_task, expected)
         return known
 
     def _draw_tasks(self) -> None:
@@ -247,6 +248,10 @@ class MultiTaskMixin(RunMixin):
         columns: Any = self._signature_columns
         if self.multitask.task_column not in columns:
             columns.append(self.multitask.task_column)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        # Rows that were not there when the trainer was built, as in `evaluate(rows)`.
+        return super()._get_dataloader(with_task_names(dataset, self.multitask.task_column), *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
         return super()._get_train_sampler(train_dataset) if self.task_sampler is None else self.task_sampler

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset
 
 from ..core.console import say
 from ..core.errors import invalid, unsupported
 from .tasks import TaskRegistry
 
 
-__all__ = ["check_rows", "inferred_names", "parts", "row_task_ids", "tell_missing"]
+__all__ = ["check_rows", "inferred_names", "parts", "row_task_ids", "task_groups", "tell_missing", "with_task_names"]
 
 
 def parts(*datasets: Any) -> Iterator[tuple[str, Dataset]]:
@@ -72,6 +72,40 @@ def check_rows(train_dataset: object, eval_dataset: object, task_column: str) ->
             raise invalid(name, "0 rows", "at least one row")
 
 
+def with_task_names(rows: Any, task_column: str) -> Any:
+    """
+    Spells the tasks of a `ClassLabel` column, whose numbers are its own and not those of a registry.
+
+    Args:
+        rows ([`~datasets.Dataset`]):
+            Maybe with the task column: a name or id per row, or a list with one per token; or a dictionary of such.
+            Anything else is returned as it is.
+        task_column (`str`):
+            Its name.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows, with names in place of a class label's numbers.
+    """
+    if isinstance(rows, dict):
+        return {key: with_task_names(part, task_column) for key, part in rows.items()}
+    if not isinstance(rows, Dataset) or task_column not in rows.column_names:
+        return rows
+    kind = rows.features[task_column]
+    each = getattr(kind, "feature", kind)
+    if not isinstance(each, ClassLabel):
+        return rows
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [spelled(part) for part in value]
+        return None if value is None or value < 0 else each.int2str(value)
+
+    names = [spelled(value) for value in rows.with_format(None)[task_column][:]]
+    # Beside the column first: a data set without columns has no rows.
+    spelt = f"{task_column} by name"
+    return rows.add_column(spelt, names).remove_columns(task_column).rename_column(spelt, task_column)
+
+
 def _column(rows: Dataset, task_column: str) -> pa.Array:
     """The column, of a row that is a list the first entry."""
     chunks = []
@@ -101,6 +135,7 @@ def inferred_names(rows: Dataset, task_column: str) -> list[str]:
     Raises:
         `ValueError`: if no row has a task, or the column holds neither names nor ids.
     """
+    rows = with_task_names(rows, task_column)
     found = [value for value in _column(rows, task_column).unique().to_pylist() if value is not None]
     if found and all(isinstance(value, str) for value in found):
         return sorted(found)
@@ -127,10 +162,28 @@ def row_task_ids(rows: Dataset, task_column: str, registry: TaskRegistry) -> np.
     Raises:
         `ValueError`: for a task that the registry does not take.
     """
+    rows = with_task_names(rows, task_column)
     encoded = _column(rows, task_column).dictionary_encode(null_encoding="encode")
     known = np.array([registry.id(value) for value in encoded.dictionary.to_pylist()], dtype=np.int64)
     positions = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     return np.asarray(known[positions])
+
+
+def task_groups(rows: Dataset, task_column: str) -> np.ndarray:
+    """
+    Numbers the tasks of rows, whatever they are called.
+
+    Args:
+        rows ([`~datasets.Dataset`] of N rows):
+            With the task column.
+        task_column (`str`):
+            Its name.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`, int64: equal where the tasks are.
+    """
+    encoded = _column(rows, task_column).dictionary_encode(null_encoding="encode")
+    return np.asarray(encoded.indices.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 def tell_missing(registry: TaskRegistry, task_ids: np.ndarray) -> None:

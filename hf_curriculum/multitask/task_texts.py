@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..core.errors import invalid
 from .classifier import TaskClassifier
 from .labels import heads_of_labels
+from .lengths import longest_row
 from .rows import row_task_ids
 from .task_head import TaskHead
 from .tasks import TaskRegistry
@@ -55,7 +56,7 @@ class TaskTexts:
             processing_class ([`~transformers.PreTrainedTokenizerBase`]):
                 The tokenizer.
             max_length (`int`, *optional*):
-                Longer texts are cut to so many tokens. None leaves them whole.
+                Longer texts are cut to so many tokens, and all to what tokenizer and base allow.
 
         Returns:
             [`~datasets.Dataset`] of N rows: `input_ids`, `labels` and `task`.
@@ -63,7 +64,9 @@ class TaskTexts:
         Raises:
             `ValueError`: for a label that its task does not have.
         """
-        ids = processing_class(self.texts, truncation=max_length is not None, max_length=max_length).input_ids
+        limits = [limit for limit in (max_length, longest_row(model, processing_class)) if limit is not None]
+        length = min(limits, default=None)
+        ids = processing_class(self.texts, truncation=length is not None, max_length=length).input_ids
         labels = [model.encode_label(task, label) for task, label in zip(self.tasks, self.labels, strict=True)]
         return Dataset.from_dict({"input_ids": ids, "labels": labels, "task": self.tasks})
 
@@ -193,6 +196,7 @@ def heads_of_splits(
     test: TaskTexts | None = None,
     *,
     class_weights: str | None = None,
+    regression_tasks: Collection[str] = (),
     threshold: float = 0.5,
 ) -> dict[str, TaskHead]:
     """
@@ -209,6 +213,8 @@ def heads_of_splits(
             Rows to evaluate on.
         class_weights (`str`, *optional*):
             None or `"balanced"`; see [`~hf_curriculum.multitask.labels.heads_of_labels`].
+        regression_tasks (`Collection[str]`, *optional*):
+            As there.
         threshold (`float`, *optional*, defaults to `0.5`):
             Probability above which a class of a multi-label task is predicted, in (0, 1).
 
@@ -218,9 +224,13 @@ def heads_of_splits(
     Raises:
         `ValueError`: for a task without training rows, and as [`~hf_curriculum.multitask.labels.heads_of_labels`].
     """
-    trained = heads_of_labels(names, train.tasks, train.labels, class_weights=class_weights)
+    # Whether whole numbers are classes shows in all rows.
+    trained = heads_of_labels(
+        names, train.tasks, train.labels, class_weights=class_weights, regression_tasks=names
+    )  # fmt: skip
     others = TaskTexts([], [], []) if test is None else test
-    heads = heads_of_labels(names, train.tasks + others.tasks, train.labels + others.labels)
+    tasks, labels = train.tasks + others.tasks, train.labels + others.labels
+    heads = heads_of_labels(names, tasks, labels, regression_tasks=regression_tasks)
     made = {}
     for name, head in heads.items():
         known = trained[name]

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
+import numpy as np
 import torch
 
 from ..core.errors import invalid
 
 
-__all__ = ["COMMON_TASK_ID", "RESERVED_TASKS", "UNIFORM_TASK_ID", "UNKNOWN_TASK_POLICIES", "TaskRegistry", "Tasks"]
+__all__ = [
+    "COMMON_TASK_ID",
+    "RESERVED_TASKS",
+    "UNIFORM_TASK_ID",
+    "UNKNOWN_TASK_POLICIES",
+    "TaskRegistry",
+    "Tasks",
+    "is_one_task",
+]
 
 # What a batch may name its tasks by: one name or id for all rows, one per row, or a tensor of ids.
-Tasks = str | int | Sequence[str | int | None] | torch.Tensor
+Tasks = str | int | Sequence[str | int | None] | np.ndarray | torch.Tensor
 
 # Negative, so that a table with one row per task and these two rows at its end is indexed by the ids as they are.
 COMMON_TASK_ID = -1
@@ -27,6 +37,13 @@ UNKNOWN_TASK_POLICIES = ("error", *RESERVED_TASKS)
 
 # File systems allow 255 bytes for a name; the rest is for what a name is extended by. Our choice.
 MAX_NAME_BYTES = 200
+
+
+def is_one_task(tasks: Tasks) -> bool:
+    """Whether this is one task, by name or id, and no sequence of them."""
+    if isinstance(tasks, np.ndarray | torch.Tensor):
+        return tasks.ndim == 0
+    return isinstance(tasks, str) or not isinstance(tasks, Sequence)
 
 
 class TaskRegistry:
@@ -163,7 +180,7 @@ class TaskRegistry:
         is passed on unread, because reading it would wait for the device.
 
         Args:
-            tasks (`str`, `int`, `Sequence` or `torch.Tensor`):
+            tasks (`str`, `int`, `Sequence`, `np.ndarray` or `torch.Tensor`):
                 A name or an id for all rows; a sequence of names, ids and `None` (missing), one per row; a tensor of
                 ids of shape `()`, `(B,)`, `(B, S)` or `(1, T)` for rows packed into one.
             batch_size (`int`, *optional*):
@@ -176,12 +193,15 @@ class TaskRegistry:
         Raises:
             `ValueError`: for an unknown task (see [`id`]), a wrong shape, dtype or length.
         """
+        if isinstance(tasks, np.ndarray):
+            tasks = tasks.tolist()
         if isinstance(tasks, torch.Tensor):
             ids = self._check_tensor(tasks)
-        elif isinstance(tasks, str) or not isinstance(tasks, Sequence):
-            ids = torch.tensor(self.id(tasks), dtype=torch.int64)
+        elif is_one_task(tasks):
+            ids = torch.tensor(self.id(tasks), dtype=torch.int64)  # type: ignore[arg-type] # one of the three
         else:
-            ids = torch.tensor([self.id(task) for task in tasks], dtype=torch.int64)
+            several = cast(Sequence[str | int | None], tasks)
+            ids = torch.tensor([self.id(task) for task in several], dtype=torch.int64)
         if ids.dim() == 0:
             return ids.repeat(1 if batch_size is None else batch_size)
         if batch_size is not None and ids.shape[0] != batch_size:

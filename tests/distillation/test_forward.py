@@ -1,5 +1,6 @@
 """What happens inside a model's forward, over the architectures that treat their logits in ways of their own."""
 
+import copy
 import importlib.util
 import inspect
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -16,9 +18,12 @@ from transformers import (
     GPT2Config,
     GPTJConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     MixtralConfig,
     PhiConfig,
     Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+    RobertaConfig,
     Trainer,
 )
 from trl import SFTTrainer
@@ -49,6 +54,10 @@ CONFIGS = {
     "phi": lambda: PhiConfig(**SMALL),
     "gptj": lambda: GPTJConfig(**GPT, **DROPOUT, rotary_dim=8, tie_word_embeddings=False),
     "gpt2": lambda: GPT2Config(**GPT, **DROPOUT),
+    "granite-moe": lambda: GraniteMoeConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, **MOE),
+    "recurrent-gemma": lambda: RecurrentGemmaConfig(
+        **{**SMALL, "num_hidden_layers": 3, "lru_width": 32, "logits_soft_cap": 2.0}
+    ),
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, **MOE),
     "qwen3-moe": lambda: Qwen3MoeConfig(
         **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16, **MOE
@@ -146,6 +155,42 @@ def test_calls_without_a_request_get_the_forward_that_was_there():
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, expected.logits)
     assert inspect.signature(model.forward) == signature
+
+
+def test_copy_of_a_model_runs_its_own_forward():
+    model = model_of("gpt2")
+    install(model)
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert copied(**batch_of()).logits.abs().max() == 0
+    assert copied(**batch_of(), distillation=StudentPass(Divergence())).loss.item() == pytest.approx(np.log(50))
+    assert model(**batch_of()).logits.abs().max() > 0
+
+
+def plain_rows(vocabulary=50):
+    ids = torch.randint(3, vocabulary, (8, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * 9] * 8})
+
+
+def test_model_whose_head_is_more_than_a_projection_is_refused_in_the_first_step(tmp_path):
+    model = AutoModelForCausalLM.from_config(RobertaConfig(**SMALL, is_decoder=True, max_position_embeddings=64))
+    config = twin.DistillationConfig(teacher="base")
+    trainer = KDTrainer(model=model, args=twin.arguments(tmp_path), train_dataset=plain_rows(), distillation=config)
+    with pytest.raises(NotImplementedError, match=r"RobertaForCausalLM.*its head is more than a projection"):
+        trainer.train()
+
+
+def test_causal_models_are_known_by_their_class(tmp_path):
+    model = model_of("gpt2")
+    assert model.loss_type is None
+    config = twin.DistillationConfig(teacher="base", alpha=0.5)
+    trainer = KDTrainer(model=model, args=twin.arguments(tmp_path), train_dataset=plain_rows(), distillation=config)
+    recorder = twin.Recorder(trainer)
+    trainer.train()
+    # Of 9 labels in a row 8 are predicted.
+    first = model_of("gpt2")(**recorder.batches[0][0]).loss.item()
+    assert recorder.losses[0]["ce_loss"] == pytest.approx(first, rel=1e-5)
 
 
 @pytest.mark.parametrize("peft", [False, True])

@@ -333,7 +333,7 @@ def test_tasks_are_needed_and_must_be_known() -> None:
         model(**inputs, tasks="poetry")
     with pytest.raises(ValueError, match=r"got 3, expected an id in \[0, 3\)"):
         model(**inputs, tasks=[0, 1, 2, 3])
-    with pytest.raises(ValueError, match="ids of 3 rows"):
+    with pytest.raises(ValueError, match="got 3 tasks, expected one, or one for each of the 4 rows"):
         model(**inputs, tasks=["a", "b", "c"])
     # A pass that failed leaves no task behind.
     assert model.base_model.task_state.current is None

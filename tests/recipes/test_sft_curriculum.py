@@ -18,11 +18,9 @@ from hf_curriculum.recipe import (
     DataArguments,
     command_line,
     config_from_arguments,
-    hold_out,
-    load_splits,
     prefixed_arguments,
-    to_prompt_completion,
 )
+from hf_curriculum.recipe_data import hold_out, load_splits, to_prompt_completion
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +310,7 @@ def test_demo_runs_end_to_end(recipe, tmp_path, capsys):
     expected = ("Levels against the known grade: Spearman", "BWT", "Model saved to", "global batch 32")
     for words in (*expected, "what the teacher changed", "without teacher", "with teacher", "The teacher `previous_"):
         assert words in text
-    assert (tmp_path / "o" / "without_teacher" / "hf_curriculum" / "record.jsonl").is_file()
+    assert (tmp_path / "o" / "_without_teacher" / "hf_curriculum" / "record.jsonl").is_file()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "o")

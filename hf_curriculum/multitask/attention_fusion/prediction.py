@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from ...core.errors import invalid, unsupported
 from ...core.modes import evaluation_mode
+from ..lengths import longest_row
 from ..task_head import TaskHead, prediction
 
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from .model import AttentionFusionModel
 
 __all__ = ["FusedClassifierOutput", "FusedPrediction", "FusedPredictions"]
-
-
-# Tokenizers that know no limit have a number far above any.
-ENDLESS = 10**9
 
 
 @dataclass
@@ -132,16 +128,18 @@ class FusedPredictions:
         kept = None if top_k is None else self.most_heard(top_k)
         if not texts:
             return []
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        length = max_length or min(int(processing_class.model_max_length), most)
-        encoded = processing_class(texts, truncation=length < ENDLESS, max_length=length if length < ENDLESS else None)
+        length = max_length or longest_row(model, processing_class)
+        encoded = processing_class(texts, truncation=length is not None, max_length=length)
         rows = [{name: values[place] for name, values in encoded.items()} for place in range(len(texts))]
         if empty := [place for place, row in enumerate(rows) if not len(row["input_ids"])]:
             raise invalid("texts", f"{texts[empty[0]]!r} in place {empty[0]}", "texts with a token each")
         found: list[dict[int, FusedPrediction]] = [{} for _ in texts]
         with evaluation_mode(model), torch.no_grad():
             for part in _parts([len(row["input_ids"]) for row in rows], ids, kept, batch_size):
-                batch = processing_class.pad([rows[place] for place in part.places], return_tensors="pt")
+                # On the right, whatever the tokenizer's side: absolute positions count from the left.
+                batch = processing_class.pad(
+                    [rows[place] for place in part.places], return_tensors="pt", padding_side="right"
+                )
                 inputs = {name: value.to(model.classifier.weight.device) for name, value in batch.items()}
                 self._predict_part(inputs, part, found)
         if task is not None:

@@ -11,6 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import nn
 
 from ...core.errors import invalid
@@ -63,6 +64,8 @@ class CGCExperts(nn.Module):
     def __init__(self, in_features: int, out_features: int, config: CGCLoraConfig) -> None:
         super().__init__()
         self.layout = config.layout
+        self._task_names = config.registry().names
+        self._names_hash = xxhash.xxh3_64_intdigest("\0".join(self._task_names).encode()) >> 1
         self.scale = config.lora_alpha / config.r
         self.gate = config.gate
         self.normalization = config.gate_normalization
@@ -86,6 +89,34 @@ class CGCExperts(nn.Module):
         if config.task_matrix:
             self.task_matrix = nn.Parameter(torch.empty(tasks, config.r, config.r))
         self.reset_parameters(config.init_weights)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """
+        A number for the names of the tasks in their order, saved with the tensors, which know tasks by their place.
+
+        Returns:
+            `torch.Tensor` of shape `(1,)`, int64.
+        """
+        return torch.tensor([self._names_hash])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """
+        Compares the tasks of the tensors that are being loaded with those of this module.
+
+        Args:
+            state (`torch.Tensor` of shape `(1,)`, int64):
+                What [`get_extra_state`] gave.
+
+        Raises:
+            `ValueError`: if they have other names or another order.
+        """
+        if state.device.type != "meta" and int(state) != self._names_hash:
+            raise invalid(
+                "adapter file",
+                "experts of tasks with other names or in another order",
+                f"those of {', '.join(self._task_names)}, in this order",
+                "Load it with `PeftModel.from_pretrained`, or make the model with the `task_names` of the file.",
+            )
 
     def reset_parameters(self, init_weights: bool = True) -> None:
         """

@@ -14,6 +14,9 @@ from .registration import PREFIX
 
 __all__ = ["check_adapter_tensors"]
 
+# What torch calls the state of a module beside its tensors: here the names of the tasks, compared when it is loaded.
+_EXTRA_STATE = "_extra_state"
+
 
 def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """
@@ -37,7 +40,7 @@ def check_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[
         if isinstance(module, CGCLoraLayer) and adapter_name in module.cgc_lora_experts:
             parameters = module.cgc_lora_experts[adapter_name].named_parameters()
             expected |= {f"{name}.{PREFIX}experts.{adapter_name}.{key}": value for key, value in parameters}
-    found = {key: value for key, value in tensors.items() if f".{PREFIX}" in key}
+    found = {key: value for key, value in tensors.items() if f".{PREFIX}" in key and not key.endswith(_EXTRA_STATE)}
     fix = "The file and its `adapter_config.json`, or the base model, do not belong together."
     if missing := sorted(set(expected) - set(found)):
         raise invalid("adapter file", f"no tensor {missing[0]} ({len(missing)} missing)", "one for each expert", fix)

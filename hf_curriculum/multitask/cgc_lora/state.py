@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ...core.errors import invalid
 from ..passes import PassState
-from ..tasks import TaskRegistry, Tasks
+from ..tasks import TaskRegistry, Tasks, is_one_task
 
 
 __all__ = ["TaskBatch", "TaskState", "resolve_tasks"]
@@ -63,9 +64,15 @@ def resolve_tasks(tasks: Tasks, registry: TaskRegistry) -> TaskBatch:
     ids = registry.ids(tasks)
     if ids.numel() == 0:
         raise invalid("tasks", "none", "the task of at least one row")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not isinstance(tasks, torch.Tensor):
+        # Known without a look at the tensor, which a compiled pass must not take.
+        each: Any = [tasks] if is_one_task(tasks) else tasks
+        known = [registry.id(task) for task in each]
+        lowest, highest = min(known), max(known)
+    elif ids.device.type != "cpu" or torch.compiler.is_compiling():
         return TaskBatch(ids, has_reserved=registry.unknown_task != "error")
-    lowest, highest = (int(bound) for bound in torch.aminmax(ids))
+    else:
+        lowest, highest = (int(bound) for bound in torch.aminmax(ids))
     if lowest != highest:
         return TaskBatch(ids, has_reserved=lowest < 0)
     return TaskBatch(ids if ids.dim() == 2 else ids[:1], has_reserved=lowest < 0, single=lowest)

@@ -6,19 +6,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftConfig
 from torch import nn
 
 from ...core.errors import invalid
 from ..passes import checkpoint_in_passes, checkpointed_modules, forget_passes
-from ..tasks import TaskRegistry, Tasks
+from ..tasks import TaskRegistry, Tasks, is_one_task
 from .config import CGCLoraConfig
 from .layer import CGCLoraLayer
 from .state import TaskBatch, TaskState, resolve_tasks
 
 
 __all__ = ["TaskSetting", "TaskTransport"]
+
+# Arguments of a model whose first dimension is the rows.
+_INPUTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values")
 
 
 class TaskSetting:
@@ -43,6 +47,30 @@ class TaskSetting:
         self._model.set_task(self._former)
 
 
+def check_count(tasks: Tasks | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """
+    Refuses as many tasks as fit the rows only if each is taken several times.
+
+    Args:
+        tasks (`str`, `int`, `Sequence` or `torch.Tensor`, *optional*):
+            What a caller passed.
+        args (`tuple`):
+            The positional arguments of the call, of which the first tensor tells the number of rows.
+        kwargs (`dict[str, Any]`):
+            The keyword arguments, where there is none among those.
+
+    Raises:
+        `ValueError`: for another number than one or that of the rows. Ids per token are checked where they are used.
+    """
+    if tasks is None or is_one_task(tasks) or (isinstance(tasks, torch.Tensor) and tasks.dim() > 1):
+        return
+    inputs = (*args, *(kwargs.get(name) for name in _INPUTS))
+    rows = next((len(value) for value in inputs if isinstance(value, torch.Tensor) and value.dim() > 0), None)
+    count = len(tasks)  # type: ignore[arg-type] # a number is one task
+    if rows is not None and count not in (1, rows):
+        raise invalid("tasks", f"{count} tasks", f"one, or one for each of the {rows} rows")
+
+
 class _GenerateWithTasks:
     """`generate` of a base model that takes `tasks=`, which transformers would refuse as an unused argument."""
 
@@ -52,6 +80,7 @@ class _GenerateWithTasks:
         self.__doc__ = generate.__doc__
 
     def __call__(self, *args: Any, tasks: Tasks | None = None, **kwargs: Any) -> Any:
+        check_count(tasks, args, kwargs)
         with self.tuner.using_tasks(tasks):
             return self.generate(*args, **kwargs)
 
@@ -164,6 +193,8 @@ class TaskTransport:
         return self.task_state.current
 
     def _resolve(self, tasks: Tasks | None) -> Mapping[str, TaskBatch]:
+        if isinstance(tasks, np.ndarray):
+            tasks = tasks.tolist()
         adapters = [name for name in self.active_adapters if name in self.peft_config]
         registries = [self.registry(name) for name in adapters]
         by_name = isinstance(tasks, str) or (
@@ -206,8 +237,10 @@ class TaskTransport:
             self.model.generate = _GenerateWithTasks(generate, self)  # type: ignore[assignment]
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        tasks = kwargs.pop("tasks", None)
+        check_count(tasks, args, kwargs)
         self.task_state.enter()
-        self.task_state.current = self._batches(kwargs.pop("tasks", None))
+        self.task_state.current = self._batches(tasks)
         if not torch.compiler.is_compiling():
             checkpoint_in_passes(self._checkpointed, self.task_state)
         return args, kwargs
