@@ -7,7 +7,8 @@ Text classification on several tasks that consult one another: a LoRA and a head
         --dataset_name my.jsonl --prompt_column text --label_column label --task_column task --output_dir out
 
 Rows have a text, the name of a task, and a label: a class by name or number, a list of classes or a text of several
-(multi-label), or a number with a decimal point (regression). `--fusion_stage` says what is trained:
+(multi-label), or a number with a decimal point (regression; a task of whole ones beside others' decimals is named by
+`--regression_tasks`). `--fusion_stage` says what is trained:
 
     both     task LoRAs into <output_dir>/tasks, then the fusion over them into <output_dir>/fusion
     tasks    the first of the two alone

@@ -126,10 +126,6 @@ class ChangeMeter:
         self._base_squares = [
             math.fsum(_weight_square(pair.base) for pair in pairs) for pairs in self._pairs
         ]  # fmt: skip
-        self._num_weights = [
-            sum(_shape(self._named[name]).numel() for name in plain) + sum(_base_size(pair.base) for pair in pairs)
-            for plain, pairs in zip(self._plain, self._pairs)
-        ]
         self.reference: RollingReference | None = None
         self._measured: tuple[int, ...] = ()
 
@@ -154,8 +150,7 @@ class ChangeMeter:
 
         Args:
             learning_rates (`Sequence[float]`, *optional*):
-                Sum of the learning rates of each block's steps. With them the rate is that of each weight, in units of
-                that sum: ||W_t - W_(t-k)||_F / (sqrt(n) sum lr) of n weights.
+                Sum of the learning rates of each block's steps, by which its rate is divided.
 
         Returns:
             `dict[int, float]`: by block number, equal on every rank. A block whose learning rates sum up to 0 is left
@@ -181,8 +176,7 @@ class ChangeMeter:
             divisor = None if learning_rates is None else learning_rates[number]
             if divisor != 0.0:
                 moved = float(changed[order[number]])
-                size = float(values[order[number]]) if divisor is None else self._num_weights[number]
-                rates[number] = change_rate(moved, size or moved, divisor)
+                rates[number] = change_rate(moved, float(values[order[number]]) or moved, divisor)
         return on_main_process(lambda: rates)
 
     def _pair_change(self, pair: LowRankPair) -> float:
@@ -232,14 +226,6 @@ def measure_signal_to_noise(model: nn.Module, blocks: Blocks) -> list[float]:
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return layout_of("", parameter).full_shape(parameter)
-
-
-def _base_size(layer: nn.Module) -> int:
-    """Elements of a layer's weight, before quantisation packs them."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features * layer.out_features
-    assert isinstance(layer.weight, nn.Parameter)
-    return _shape(layer.weight).numel()
 
 
 @torch.no_grad()

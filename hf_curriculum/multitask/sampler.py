@@ -170,7 +170,8 @@ def task_order(
             "num_draws",
             f"{num_units} batches of {batch_size} rows for {len(present)} tasks",
             "at least one batch for each task",
-            "Train for more steps, or use smaller or mixed batches.",
+            "Train for more steps, or use "
+            + ("larger batches." if batch_size == 1 else "smaller batches, or `batches='mixed'`."),
         )
     units = apportion(num_units, sampling_shares(sizes, sampling, temperature))
     if sampling == "round_robin":

@@ -51,23 +51,7 @@ def test_full_fine_tuning_counts_the_matrices_of_a_block():
         changed = sum(np.sum((double(named[name]) - was) ** 2) for name, was in matrices[number].items())
         size = sum(np.sum(was**2) for was in matrices[number].values())
         assert rates[number] == pytest.approx(np.sqrt(changed / size), rel=1e-6)
-    # In units of the learning rate and per weight, whatever the size of the weights.
-    changed = sum(np.sum((double(named[name]) - was) ** 2) for name, was in matrices[0].items())
-    count = sum(was.size for was in matrices[0].values())
-    assert meter.rates([0.5, 0.0, 0.0]) == {0: pytest.approx(np.sqrt(changed / count) / 0.5, rel=1e-6)}
-
-
-def test_rate_per_weight_does_not_prefer_blocks_of_small_weights():
-    model = llama()
-    with torch.no_grad():
-        for parameter in model.model.layers[0].parameters():
-            parameter.mul_(0.1)
-    meter = ChangeMeter(model, find_blocks(model))
-    meter.start([0, 1])
-    move(model)
-    relative, each = meter.rates(), meter.rates([1e-3] * 3)
-    assert relative[0] > 5 * relative[1]
-    assert each[0] == pytest.approx(each[1], rel=0.15)
+    assert meter.rates([0.5, 0.0, 0.0]) == {0: pytest.approx(2 * rates[0])}
 
 
 def full_update(module, adapter="default"):
@@ -102,9 +86,6 @@ def test_adapters_count_by_the_update_that_they_make(dora):
         size += np.sum(double(linear.get_base_layer().weight) ** 2)
     assert len(linears[1]) == 2
     assert meter.rates() == {1: pytest.approx(np.sqrt(changed / size), rel=1e-6)}
-    count = sum(linear.get_base_layer().weight.numel() for linear in linears[1])
-    count += sum(was.size for was in norms[1]) if dora else 0
-    assert meter.rates([0.0, 0.5, 0.0]) == {1: pytest.approx(np.sqrt(changed / count) / 0.5, rel=1e-6)}
 
 
 def test_the_experts_of_cgc_lora_are_one_pair_of_factors():

@@ -12,9 +12,11 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, RobertaConfig, RobertaModel
 
 from hf_curriculum.multitask.attention_fusion import AttentionFusionConfig, AttentionFusionModel
+from hf_curriculum.multitask.attention_fusion.features import FeatureCollator
 from hf_curriculum.multitask.labels import check_labels, heads_of_labels
 from hf_curriculum.multitask.lengths import longest_row
 from hf_curriculum.multitask.rows import inferred_names, row_task_ids, with_task_names
+from hf_curriculum.multitask.sampler import task_order
 from hf_curriculum.multitask.task_head import TaskHead
 from hf_curriculum.multitask.tasks import TaskRegistry
 from hf_curriculum.recipe_data import hold_out
@@ -188,3 +190,16 @@ def test_predictions_do_not_depend_on_the_side_that_a_tokenizer_pads_on(kind, to
             assert list(one.scores.values()) == pytest.approx(list(other.scores.values()), abs=1e-5)
         scores.append([list(each.scores.values()) for each in together])
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+
+
+def test_rows_that_are_no_cached_features_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="columns input_ids, labels, expected `pooled`, as `cache_features` writes it"
+    ):
+        FeatureCollator(tmp_path, "models")([{"input_ids": [1], "labels": 0}])
+
+
+@pytest.mark.parametrize(("batch_size", "fix"), [(1, "larger batches"), (2, "`batches='mixed'`")])
+def test_too_few_steps_for_the_tasks_name_what_helps(batch_size, fix):
+    with pytest.raises(ValueError, match=fix):
+        task_order(list(range(5)), 4, batch_size=batch_size)

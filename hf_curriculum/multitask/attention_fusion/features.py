@@ -112,6 +112,11 @@ class FeatureCollator:
             `dict[str, torch.Tensor]`: `pooled` of shape `(B, T, H)`, float32, and `labels` where the rows have them.
         """
         rows = [{name: plain_value(value) for name, value in row.items()} for row in features]
+        if lacking := [row for row in rows if COLUMN not in row]:
+            raise invalid(
+                "rows", f"columns {', '.join(lacking[0])}", f"`{COLUMN}`, as `cache_features` writes it",
+                "A trainer of cached features evaluates on cached features too.",
+            )  # fmt: skip
         batch = {
             name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name in NEEDED and name != COLUMN
         }
