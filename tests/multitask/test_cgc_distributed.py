@@ -66,7 +66,8 @@ if options.guard:
     assert torch.equal(own[1], own[4])
 state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
 if trainer.is_world_process_zero():
-    found = {name: value.double().norm().item() for name, value in state.items() if "cgc_lora_" in name}
+    weights = {name: value for name, value in state.items() if "cgc_lora_" in name and "_extra_state" not in name}
+    found = {name: value.double().norm().item() for name, value in weights.items()}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print("FOUND", json.dumps({"losses": losses, "norms": found}), flush=True)
 end_processes()
